@@ -1,0 +1,73 @@
+"""The errors and the one warning category of this library, all in one family.
+
+* `InstrumentError`: base of everything that is raised here on purpose
+
+  * `ConfigError` (also `ValueError`): a configuration file, key or argument that cannot be used
+  * `SelectionError` (also `ValueError`): globs that select nothing
+  * `UnmeasurableError` (also `TypeError`): a tensor whose values cannot be read, such as a meta tensor
+  * `RunError`: a run directory or event file that cannot be read or made
+  * `LaunchError`: TensorBoard could not be started
+
+* `InstrumentWarning`: everything this library warns about; silence it with
+  ``warnings.filterwarnings("ignore", category=instrument.InstrumentWarning)``
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+__all__ = [
+    "ConfigError",
+    "InstrumentError",
+    "InstrumentWarning",
+    "LaunchError",
+    "RunError",
+    "SelectionError",
+    "UnmeasurableError",
+    "warn_quietly",
+]
+
+
+class InstrumentError(Exception):
+    """Base of all errors that this library raises on purpose."""
+
+
+class ConfigError(InstrumentError, ValueError):
+    """A configuration file, key or argument that cannot be used; the message names what is allowed."""
+
+
+class SelectionError(InstrumentError, ValueError):
+    """Globs that select nothing; the message names the nearest names of the model."""
+
+
+class UnmeasurableError(InstrumentError, TypeError):
+    """A tensor whose values cannot be read, for example on the meta device."""
+
+
+class RunError(InstrumentError):
+    """A run directory or an event file that cannot be read or made."""
+
+
+class LaunchError(InstrumentError):
+    """TensorBoard could not be started; the message names the ports that were tried."""
+
+
+class InstrumentWarning(UserWarning):
+    """Something could not be observed or written; training goes on."""
+
+
+def warn_quietly(message: str, stacklevel: int = 2) -> None:
+    """Warn, but never raise: not even where the user turned warnings into errors.
+
+    Used in hooks and on the writer thread, where an exception would end the user's training or the
+    thread. With ``-W error`` the message goes to the logger ``instrument`` instead.
+
+    Args:
+        message: What happened and what goes on, in one sentence.
+        stacklevel: As in `warnings.warn`, counted from the caller.
+    """
+    try:
+        warnings.warn(message, InstrumentWarning, stacklevel=stacklevel + 1)
+    except Warning:
+        logging.getLogger("instrument").warning(message)
