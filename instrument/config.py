@@ -169,7 +169,7 @@ def _listed(words: Iterable[str]) -> str:
 
 def _hint(word: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _key(default: Any, check: Callable[[Any], Any]) -> Any:
@@ -308,8 +308,9 @@ def _from_mapping(values: Mapping[str, Any], source: str) -> Config:
         if key.startswith(COMMENT_PREFIX):
             continue
         if key not in known:
-            hint = _hint(key, known) or f"; allowed are {_listed(known)}"
-            raise ConfigError(f"{source}: unknown key {key!r} (value {value!r}){hint}")
+            raise ConfigError(
+                f"{source}: unknown key {key!r} (value {value!r}){_hint(key, known)} Allowed are {_listed(known)}"
+            )
         settings[key] = value
     try:
         return Config(**settings)

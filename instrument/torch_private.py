@@ -1,0 +1,123 @@
+"""The only place that touches private names of torch; each is looked up once and has a stand-in.
+
+| what we need | private name | without it |
+| --- | --- | --- |
+| "does autograd run this call?" | `torch._C._current_graph_task_id` | never said to be in backward: recomputation under activation checkpointing is measured again |
+| "does functorch run this call?" | `torch._C._functorch.peek_interpreter_stack` | never said to: our operations may fail under `vmap`, which is caught and noticed |
+| hide our operations from modes | `torch.utils._python_dispatch._disable_current_modes`, `torch._C._len_torch_dispatch_stack` | nothing is measured while a mode is active |
+| leave grad mode cheaply | `torch._C._set_grad_enabled` | `torch.set_grad_enabled`, half a microsecond dearer |
+| ignore tensor subclasses and function modes | `torch._C.DisableTorchFunction` | subclasses see our operations |
+| keep Dynamo from compiling a hook's frame | `torch._dynamo.eval_frame.skip_code` | hooks may be traced; the guard inside them still ends them |
+| "is this a fake tensor?" | `torch._subclasses.fake_tensor.is_fake` | judged by the name of its class |
+| our own writer behind torch's | `SummaryWriter._get_file_writer` | torch's slow writer is used; see `instrument.record.writer` |
+
+Why hiding matters: an operation of ours that selective activation checkpointing can see shifts its count of
+operations, and the recomputation then hands the user's backward a tensor of ours: wrong gradients, no error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["Unseen", "can_hide", "in_backward", "in_functorch", "is_fake", "skip_code"]
+
+
+def _lookup(path: str) -> Any:
+    """The object behind a dotted path that starts at torch, or None where this torch lacks it."""
+    import importlib
+
+    head, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(head), name)
+    except (ImportError, AttributeError):
+        pass
+    owner: Any = torch
+    for part in path.split(".")[1:]:
+        owner = getattr(owner, part, None)
+    return owner
+
+
+_graph_task_id: Callable[[], int] | None = _lookup("torch._C._current_graph_task_id")
+_interpreter_stack: Callable[[], object] | None = _lookup("torch._C._functorch.peek_interpreter_stack")
+_modes_active: Callable[[], int] | None = _lookup("torch._C._len_torch_dispatch_stack")
+_disable_modes: Callable[[], contextlib.AbstractContextManager[Any]] | None = _lookup(
+    "torch.utils._python_dispatch._disable_current_modes"
+)
+_set_grad_enabled: Callable[[bool], object] = _lookup("torch._C._set_grad_enabled") or torch.set_grad_enabled
+_disable_torch_function: Callable[[], contextlib.AbstractContextManager[Any]] = (
+    _lookup("torch._C.DisableTorchFunction") or contextlib.nullcontext
+)
+_is_fake: Callable[[object], bool] | None = _lookup("torch._subclasses.fake_tensor.is_fake")
+
+
+def in_backward() -> bool:
+    """Whether autograd runs the caller: a hook of its own, or a recomputation under checkpointing."""
+    return _graph_task_id is not None and _graph_task_id() != -1
+
+
+def in_functorch() -> bool:
+    """Whether a transform of `torch.func` runs the caller; its tensors have no values to read."""
+    return _interpreter_stack is not None and _interpreter_stack() is not None
+
+
+def can_hide() -> bool:
+    """Whether operations done now can be hidden from the dispatch modes that are active now."""
+    return _disable_modes is not None or _modes_active is None or _modes_active() == 0
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether this is a fake tensor, as export, tracing and memory estimators use."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return False
+    if _is_fake is not None:
+        return bool(_is_fake(tensor))
+    return "Fake" in type(tensor).__name__
+
+
+def skip_code(code: types.CodeType) -> None:
+    """Tell Dynamo never to compile frames of this code, such as those of a hook.
+
+    Imports Dynamo where it is not there yet; every optimizer of torch imports it too.
+    """
+    skip = _lookup("torch._dynamo.eval_frame.skip_code")
+    if skip is not None:
+        skip(code)
+
+
+class Unseen:
+    """Context in which our operations change nothing and are seen by nobody.
+
+    No graph is built, no dispatch or function mode sees the operations, subclasses are treated as plain
+    tensors, and tensors are ordinary ones even under ``torch.inference_mode``. Costs half a microsecond where
+    no mode is active.
+
+    Example:
+        >>> with Unseen():
+        ...     (torch.ones(2, requires_grad=True) * 2).requires_grad
+        False
+    """
+
+    __slots__ = ("_grad", "_inner", "_modes")
+
+    def __enter__(self) -> None:
+        self._inner = _disable_torch_function()
+        self._inner.__enter__()
+        self._modes: contextlib.ExitStack | None = None
+        self._grad = torch.is_grad_enabled()
+        if (_modes_active is not None and _modes_active()) or torch.is_inference_mode_enabled():
+            self._modes = contextlib.ExitStack()
+            self._modes.enter_context(torch.inference_mode(False))
+            if _disable_modes is not None:
+                self._modes.enter_context(_disable_modes())
+        _set_grad_enabled(False)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._modes is not None:
+            self._modes.close()
+        _set_grad_enabled(self._grad)
+        self._inner.__exit__(None, None, None)
