@@ -1,0 +1,437 @@
+"""The sketch: what is kept of a tensor's values, and everything that is computed from it.
+
+A value's *code* is the top 12 bits of it as float32: sign, 8 bits of exponent, 3 of mantissa. The counts of the
+4096 codes and four moments in float64 (sum, sum of squares, minimum and maximum of the finite values) are all
+that is kept; a new statistic is one function here. Sketches merge exactly: counts and sums add, extremes combine.
+That makes micro-batches, repeated calls, steps and ranks one operation, and no pooled variance is ever guessed
+from averages.
+
+Two codes are kept pure, so that zeros, NaN and Inf are exact counts: code 0 (and 2048 for -0.0) holds zeros
+alone, values too small for code 1 are counted there; the codes with all exponent bits set hold Inf (mantissa
+bits zero) and NaN (any other). Finite float64 values beyond the range of float32 count in the last finite code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from instrument.errors import ConfigError
+
+__all__ = ["CODES", "MOMENTS", "Sketch", "empty_moments"]
+
+CODES = 4096
+"""Number of codes: sign, 8 exponent bits and 3 mantissa bits of a float32."""
+
+MOMENTS = 5
+"""Entries of a vector of moments: count, sum, sum of squares, minimum, maximum of the finite values."""
+
+HISTOGRAM_BUCKETS = 64
+LOG10_BUCKETS = 48
+
+_SIGN = 2048
+_INF = 0x7F8
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+def _edges_of_codes() -> tuple[FloatArray, FloatArray]:
+    """Lower and upper bound of the magnitudes in each of the 2040 finite codes without sign."""
+    bits = np.arange(_INF + 1, dtype=np.uint32) << np.uint32(20)
+    bounds = bits.view(np.float32).astype(np.float64)
+    low, high = bounds[:-1].copy(), bounds[1:].copy()
+    low[0] = high[0] = low[1] = 0.0
+    high[-1] = _FLOAT32_MAX
+    return low, high
+
+
+_LOW, _HIGH = _edges_of_codes()
+
+
+def empty_moments() -> FloatArray:
+    """Moments of no value at all, ready to be added to: 0, 0, 0, inf, -inf."""
+    return np.array([0.0, 0.0, 0.0, math.inf, -math.inf])
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Sketch:
+    """Fixed-size, mergeable measurement of the values of one tensor; made by `instrument.measure`.
+
+    Statistics are of the finite values; NaN and Inf are counted apart. Where there is no finite value, `mean`,
+    `std`, `rms`, `min`, `max`, `abs_max` and quantiles are NaN.
+
+    Example:
+        >>> from instrument import measure
+        >>> sketch = measure(torch.tensor([3.0, -4.0, 0.0, float("nan")]))
+        >>> sketch.count, sketch.l2, sketch.nan_count
+        (3, 5.0, 1)
+    """
+
+    codes: npt.NDArray[np.uint16]
+    """The codes that occur, rising."""
+
+    counts: IntArray
+    """How often each of `codes` occurs."""
+
+    total: float
+    """Sum of the finite values."""
+
+    total_squares: float
+    """Sum of the squares of the finite values."""
+
+    low: float
+    """Smallest finite value, +inf where there is none."""
+
+    high: float
+    """Largest finite value, -inf where there is none."""
+
+    @classmethod
+    def empty(cls) -> Sketch:
+        """The sketch of no value at all, neutral under `merge`."""
+        return cls(np.empty(0, np.uint16), np.empty(0, np.int64), 0.0, 0.0, math.inf, -math.inf)
+
+    @classmethod
+    def from_dense(cls, codes: IntArray, moments: Sequence[float]) -> Sketch:
+        """Make a sketch of accumulated counts and moments.
+
+        Args:
+            codes: Counts of the `CODES` codes, int64 of shape (4096,).
+            moments: Count, sum, sum of squares, minimum, maximum. The count is not read: the codes hold it.
+
+        Returns:
+            The sketch; the arrays given may be used again.
+        """
+        present = _nonzero(codes)
+        _, total, squares, low, high = moments
+        return cls(present.astype(np.uint16), codes[present], total, squares, low, high)
+
+    def merge(self, *others: Sketch) -> Sketch:
+        """The sketch of all values of this sketch and others together, exactly as if measured at once.
+
+        Args:
+            others: Any number of sketches.
+
+        Returns:
+            A new sketch; sums are rounded once per sketch that is added.
+
+        Example:
+            >>> from instrument import measure
+            >>> measure(torch.ones(3)).merge(measure(torch.zeros(1))).mean
+            0.75
+        """
+        return merge_all((self, *others))
+
+    @functools.cached_property
+    def count(self) -> int:
+        """Number of finite values."""
+        return int(self._finite.sum())
+
+    @property
+    def mean(self) -> float:
+        """Mean of the finite values."""
+        count = self.count
+        return self.total / count if count else math.nan
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation of the finite values."""
+        count = self.count
+        if not count:
+            return math.nan
+        if self.low == self.high:
+            return 0.0
+        mean = self.total / count
+        return math.sqrt(max(0.0, self.total_squares / count - mean * mean))
+
+    @property
+    def rms(self) -> float:
+        """Root of the mean square of the finite values."""
+        count = self.count
+        return math.sqrt(self.total_squares / count) if count else math.nan
+
+    @property
+    def l2(self) -> float:
+        """Euclidean norm of the finite values."""
+        return math.sqrt(self.total_squares)
+
+    @property
+    def min(self) -> float:
+        """Smallest finite value."""
+        return self.low if self.low <= self.high else math.nan
+
+    @property
+    def max(self) -> float:
+        """Largest finite value."""
+        return self.high if self.low <= self.high else math.nan
+
+    @property
+    def abs_max(self) -> float:
+        """Largest magnitude of a finite value."""
+        return max(abs(self.low), abs(self.high)) if self.low <= self.high else math.nan
+
+    @functools.cached_property
+    def zero_count(self) -> int:
+        """Number of values that are exactly zero, of either sign."""
+        return int(self.counts[(self.codes & 0x7FF) == 0].sum())
+
+    @property
+    def zero_fraction(self) -> float:
+        """Share of the finite values that are exactly zero."""
+        count = self.count
+        return self.zero_count / count if count else math.nan
+
+    @property
+    def nan_count(self) -> int:
+        """Number of NaN."""
+        return int(self.counts[(self.codes & 0x7FF) > _INF].sum())
+
+    @property
+    def inf_count(self) -> int:
+        """Number of positive and negative infinities."""
+        return int(self.counts[(self.codes & 0x7FF) == _INF].sum())
+
+    def quantile(self, q: float) -> float:
+        """Value below which a share of the finite values lies.
+
+        Within a code, whose bounds are 1/8 apart, values are taken to be spread evenly; the extremes and zeros
+        are exact.
+
+        Args:
+            q: Share from 0 to 1.
+
+        Returns:
+            The quantile, NaN where there is no finite value.
+
+        Raises:
+            ConfigError: `q` is no number from 0 to 1.
+
+        Example:
+            >>> from instrument import measure
+            >>> measure(torch.arange(101.0)).quantile(1.0)
+            100.0
+        """
+        if not isinstance(q, (int, float, np.floating)) or not 0.0 <= q <= 1.0:
+            raise ConfigError(f"q is {q!r}, allowed is a share from 0 to 1")
+        if not self.count:
+            return math.nan
+        places, below = self._distribution()
+        return float(np.interp(q * below[-1], below, places))
+
+    def underflow_fraction(self, dtype: torch.dtype) -> float:
+        """Share of the non-zero finite values that would become zero in a narrower type.
+
+        A value becomes zero where it is below half of the smallest subnormal number of the type. Exact to the
+        width of a code, which is 1/8.
+
+        Args:
+            dtype: A floating-point type such as `torch.float16`.
+
+        Returns:
+            A share from 0 to 1; 0 where all values are zero, NaN where there is no finite value.
+
+        Raises:
+            ConfigError: `dtype` is no floating-point type.
+        """
+        info = _float_info(dtype)
+        nonzero = self.count - self.zero_count
+        if not nonzero:
+            return 0.0 if self.count else math.nan
+        return self._count_below(info.tiny * info.eps / 2) / nonzero
+
+    def overflow_fraction(self, dtype: torch.dtype) -> float:
+        """Share of the finite values that would leave the range of a narrower type.
+
+        A value leaves it where rounding takes it beyond the largest number of the type, to Inf or NaN. Exact
+        to the width of a code, which is 1/8.
+
+        Args:
+            dtype: A floating-point type such as `torch.float16`.
+
+        Returns:
+            A share from 0 to 1, NaN where there is no finite value.
+
+        Raises:
+            ConfigError: `dtype` is no floating-point type.
+        """
+        info = _float_info(dtype)
+        count = self.count
+        if not count:
+            return math.nan
+        half_unit = info.eps * 2.0 ** math.floor(math.log2(info.max)) / 2
+        nonzero = count - self.zero_count
+        return (nonzero - self._count_below(info.max + half_unit)) / count
+
+    def histogram(self) -> tuple[IntArray, FloatArray]:
+        """Counts and edges as TensorBoard is given them: at most 65 buckets, narrow near zero.
+
+        Edges lie at ``sign(u)|u|**3 * abs_max`` for 65 even steps of u from -1 to 1; zeros have a bucket of
+        width zero; the first edge is the minimum and the last the maximum, so outer buckets are never empty.
+        TensorBoard rebins to 30 buckets of even width, and more of ours could not be seen.
+
+        Returns:
+            Counts, integers of shape (n,) that sum to `count`, and edges, float64 of shape (n + 1,), not
+            falling. Without a finite value: no bucket, and one edge at 0.
+
+        Example:
+            >>> from instrument import measure
+            >>> counts, edges = measure(torch.tensor([0.0, 0.0, 2.0])).histogram()
+            >>> int(counts[0]), float(edges[0]), float(edges[-1])
+            (2, 0.0, 2.0)
+        """
+        if not self.count:
+            return np.empty(0, np.int64), np.zeros(1)
+        if self.low == self.high:
+            return np.array([self.count]), np.array([self.low, self.high])
+        u = np.arange(1, HISTOGRAM_BUCKETS // 2) / (HISTOGRAM_BUCKETS // 2)
+        inner = u**3 * self.abs_max
+        zeros = self.zero_count
+        zero_edges = [0.0, 0.0] if zeros else [0.0]
+        edges = np.concatenate((-inner[::-1], zero_edges, inner))
+        inside = (edges > self.low) & (edges < self.high)
+        edges = edges[inside | (edges == 0.0)] if zeros else edges[inside]
+        if not zeros or self.low < 0.0:
+            edges = np.concatenate(([self.low], edges))
+        if not zeros or self.high > 0.0:
+            edges = np.concatenate((edges, [self.high]))
+        places, below = self._distribution()
+        cumulative = np.interp(edges, places, below)
+        if zeros:
+            cumulative[np.searchsorted(edges, 0.0)] = self._negative_count
+        cumulative[0] = 0.0
+        return np.diff(np.rint(cumulative)).astype(np.int64), edges
+
+    def log10_histogram(self) -> tuple[IntArray, FloatArray]:
+        """Counts and edges of log10 of the magnitudes of the finite values that are not zero.
+
+        Gradients spread over many decades and are a single spike on a linear axis; on this one they are a
+        hill that can be seen to move.
+
+        Returns:
+            Counts, integers of shape (n,), and edges, float64 of shape (n + 1,), evenly spaced. Without such a
+            value: no bucket, and one edge at 0.
+        """
+        magnitudes, counts = self._magnitudes()
+        if not counts.size:
+            return np.empty(0, np.int64), np.zeros(1)
+        smallest = 2.0**-149
+        left = np.log10(np.maximum(_LOW[magnitudes], smallest))
+        right = np.log10(_HIGH[magnitudes])
+        right[-1] = math.log10(self.abs_max)
+        right = np.maximum(right, left)
+        below = np.concatenate(([0], np.cumsum(counts))).astype(np.float64)
+        if left[0] == right[-1]:
+            return np.array([int(below[-1])]), np.array([left[0], right[-1]])
+        edges = np.linspace(left[0], right[-1], LOG10_BUCKETS + 1)
+        cumulative = np.interp(edges, _interleave(left, right), np.repeat(below, 2)[1:-1])
+        cumulative[0] = 0.0
+        return np.diff(np.rint(cumulative)).astype(np.int64), edges
+
+    @property
+    def _finite(self) -> IntArray:
+        return self.counts[(self.codes & 0x7FF) < _INF]
+
+    @property
+    def _negative_count(self) -> int:
+        return int(self.counts[(self.codes > _SIGN) & (self.codes < _SIGN + _INF)].sum())
+
+    def _magnitudes(self) -> tuple[npt.NDArray[np.intp], IntArray]:
+        """Codes without sign of the finite values that are not zero, rising, and how often each occurs."""
+        bare = (self.codes & 0x7FF).astype(np.intp)
+        wanted = (bare > 0) & (bare < _INF)
+        counts = np.bincount(bare[wanted], self.counts[wanted], minlength=1)
+        present = np.flatnonzero(counts)
+        return present, counts[present].astype(np.int64)
+
+    def _count_below(self, threshold: float) -> float:
+        """How many non-zero finite values have a magnitude below the threshold."""
+        magnitudes, counts = self._magnitudes()
+        low, high = _LOW[magnitudes], _HIGH[magnitudes]
+        return float((counts * np.clip((threshold - low) / (high - low), 0.0, 1.0)).sum())
+
+    def _distribution(self) -> tuple[FloatArray, FloatArray]:
+        """Knots of the cumulative distribution: places, and how many finite values lie at or below each."""
+        bare = self.codes & 0x7FF
+        finite = bare < _INF
+        codes, counts, bare = self.codes[finite], self.counts[finite], bare[finite].astype(np.intp)
+        split = int(np.searchsorted(codes, _SIGN))
+        order = np.concatenate((np.arange(len(codes) - 1, split - 1, -1), np.arange(split)))
+        negative = codes >= _SIGN
+        left = np.where(negative, -_HIGH[bare], _LOW[bare])[order]
+        right = np.where(negative, -_LOW[bare], _HIGH[bare])[order]
+        left[0], right[-1] = self.low, self.high
+        left = np.clip(left, self.low, self.high)
+        right = np.clip(right, self.low, self.high)
+        below = np.concatenate(([0], np.cumsum(counts[order]))).astype(np.float64)
+        return _interleave(left, right), np.repeat(below, 2)[1:-1]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sketch):
+            return NotImplemented
+        return (
+            np.array_equal(self.codes, other.codes)
+            and np.array_equal(self.counts, other.counts)
+            and self._moments() == other._moments()
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have no hash
+
+    def _moments(self) -> tuple[float, float, float, float]:
+        return self.total, self.total_squares, self.low, self.high
+
+    def __repr__(self) -> str:
+        text = (
+            f"Sketch(count={self.count}, mean={self.mean:.4g}, std={self.std:.4g}, min={self.min:.4g}, "
+            f"max={self.max:.4g}, zero_fraction={self.zero_fraction:.3g}"
+        )
+        for name, number in (("nan_count", self.nan_count), ("inf_count", self.inf_count)):
+            if number:
+                text += f", {name}={number}"
+        return text + ")"
+
+
+def merge_all(sketches: Iterable[Sketch]) -> Sketch:
+    """Merge any number of sketches at once; of none, the empty sketch.
+
+    Args:
+        sketches: The sketches, in the order in which their sums are added.
+
+    Returns:
+        One sketch of all their values.
+    """
+    parts = list(sketches)
+    if len(parts) == 1:
+        return parts[0]
+    dense = np.zeros(CODES, np.int64)
+    total = squares = 0.0
+    low, high = math.inf, -math.inf
+    for part in parts:
+        dense[part.codes] += part.counts
+        total += part.total
+        squares += part.total_squares
+        low = min(low, part.low)
+        high = max(high, part.high)
+    present = _nonzero(dense)
+    return Sketch(present.astype(np.uint16), dense[present], total, squares, low, high)
+
+
+def _nonzero(counts: IntArray) -> npt.NDArray[np.intp]:
+    """Where counts are not zero; by way of bool, which NumPy searches four times faster than integers."""
+    return counts.astype(np.bool_).nonzero()[0]
+
+
+def _interleave(left: FloatArray, right: FloatArray) -> FloatArray:
+    return np.stack((left, right), axis=1).ravel()
+
+
+def _float_info(dtype: torch.dtype) -> torch.finfo:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype is {dtype!r}, allowed is a floating-point type such as torch.float16")
+    return torch.finfo(dtype)
