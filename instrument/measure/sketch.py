@@ -142,12 +142,14 @@ class Sketch:
 
     @property
     def std(self) -> float:
-        """Population standard deviation of the finite values."""
+        """Population standard deviation of the finite values; Inf from 1e154 on, whose squares are."""
         count = self.count
         if not count:
             return math.nan
         if self.low == self.high:
             return 0.0
+        if math.isinf(self.total_squares):
+            return math.inf
         mean = self.total / count
         return math.sqrt(max(0.0, self.total_squares / count - mean * mean))
 
@@ -249,8 +251,8 @@ class Sketch:
     def overflow_fraction(self, dtype: torch.dtype) -> float:
         """Share of the finite values that would leave the range of a narrower type.
 
-        A value leaves it where rounding takes it beyond the largest number of the type, to Inf or NaN. Exact
-        to the width of a code, which is 1/8.
+        A value leaves it where rounding takes it beyond the largest number of the type: to Inf, to NaN or,
+        where a conversion saturates, back to that number. Exact to the width of a code, which is 1/8.
 
         Args:
             dtype: A floating-point type such as `torch.float16`.
@@ -274,7 +276,8 @@ class Sketch:
 
         Edges lie at ``sign(u)|u|**3 * abs_max`` for 65 even steps of u from -1 to 1; zeros have a bucket of
         width zero; the first edge is the minimum and the last the maximum, so outer buckets are never empty.
-        TensorBoard rebins to 30 buckets of even width, and more of ours could not be seen.
+        TensorBoard rebins to 30 buckets of even width, and more of ours could not be seen. Values far from
+        zero that differ little (a norm's weights, all near 1) share few buckets: codes are 1/8 wide there.
 
         Returns:
             Counts, integers of shape (n,) that sum to `count`, and edges, float64 of shape (n + 1,), not

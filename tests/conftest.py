@@ -1,0 +1,20 @@
+"""What every test shares: fixed seeds, and no configuration or environment from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _clean_ground(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Each test starts in an empty directory, with a seed, and leaves torch's defaults as they were."""
+    monkeypatch.delenv("INSTRUMENT_CONFIG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    yield
+    assert torch.get_default_dtype() is torch.float32
+    assert torch.is_grad_enabled()
