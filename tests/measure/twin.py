@@ -26,7 +26,9 @@ def assert_measures(sketch: Sketch, values: npt.NDArray[np.float64]) -> None:
         assert sketch.mean == pytest.approx(finite.mean(), rel=1e-9, abs=1e-12 * scale)
         assert sketch.rms == pytest.approx(np.sqrt(np.mean(finite**2)), rel=1e-9)
         assert sketch.l2 == pytest.approx(np.sqrt(np.sum(finite**2)), rel=1e-9)
-        if np.isinf(np.sum(finite**2)) and finite.min() != finite.max():
+        if finite.min() == finite.max():
+            assert sketch.std == 0.0
+        elif np.isinf(np.sum(finite**2)):
             assert np.isinf(sketch.std)
         else:
             assert sketch.std == pytest.approx(finite.std(), rel=1e-6, abs=1e-7 * scale)
