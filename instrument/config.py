@@ -28,6 +28,7 @@ __all__ = [
     "CONFIG_ENVIRONMENT_VARIABLE",
     "KINDS",
     "RANKS_MODES",
+    "SECTIONS",
     "Config",
     "ConfigSource",
     "as_interval",
@@ -41,7 +42,16 @@ CONFIG_ENVIRONMENT_VARIABLE = "INSTRUMENT_CONFIG"
 DEFAULT_CONFIG_PATH = Path("configs") / "tensorboard.json"
 COMMENT_PREFIX = "_"
 
-KINDS = ("activations", "activation_gradients", "parameters", "gradients", "updates")
+SECTIONS = {
+    "activations": "Activations",
+    "activation_gradients": "ActivationGradients",
+    "parameters": "Parameters",
+    "gradients": "Gradients",
+    "updates": "Updates",
+}
+"""What is watched, and the text before the first slash of its tags."""
+
+KINDS = tuple(SECTIONS)
 COMPILED_MODES = ("outside", "graph", "eager")
 RANKS_MODES = ("first", "merge", "each")
 

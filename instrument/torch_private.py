@@ -9,6 +9,7 @@
 | ignore tensor subclasses and function modes | `torch._C.DisableTorchFunction` | subclasses see our operations |
 | keep Dynamo from compiling a hook's frame | `torch._dynamo.eval_frame.skip_code` | hooks may be traced; the guard inside them still ends them |
 | "is this a fake tensor?" | `torch._subclasses.fake_tensor.is_fake` | judged by the name of its class |
+| is an outer `step()` of an optimizer still running? | code of the wrapper that `Optimizer.profile_hook_step` makes | an outer call that raised is taken to run on until its optimizer steps again |
 | our own writer behind torch's | `SummaryWriter._get_file_writer` | torch's slow writer is used; see `instrument.record.writer` |
 
 Why hiding matters: an operation of ours that selective activation checkpointing can see shifts its count of
@@ -18,13 +19,23 @@ operations, and the recomputation then hands the user's backward a tensor of our
 from __future__ import annotations
 
 import contextlib
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["Unseen", "can_hide", "in_backward", "in_functorch", "is_fake", "skip_code"]
+__all__ = [
+    "Unseen",
+    "can_hide",
+    "in_backward",
+    "in_functorch",
+    "is_fake",
+    "skip_code",
+    "step_frame_is_live",
+    "step_frame_number",
+]
 
 
 def _lookup(path: str) -> Any:
@@ -87,6 +98,42 @@ def skip_code(code: types.CodeType) -> None:
     skip = _lookup("torch._dynamo.eval_frame.skip_code")
     if skip is not None:
         skip(code)
+
+
+def _step_wrapper_code() -> types.CodeType | None:
+    wrap = getattr(torch.optim.Optimizer, "profile_hook_step", None)
+    return getattr(wrap(lambda optimizer: None), "__code__", None) if wrap is not None else None
+
+
+_STEP_CODE = _step_wrapper_code()
+"""Code of the function that stands for `step` in every optimizer class and calls the hooks."""
+
+
+def _step_frame(frame: types.FrameType | None) -> types.FrameType | None:
+    """The innermost frame from this one outwards in which an optimizer's `step` runs."""
+    while frame is not None and frame.f_code is not _STEP_CODE:
+        frame = frame.f_back
+    return frame
+
+
+def step_frame_number() -> int:
+    """A number for the `step()` of an optimizer that is calling this hook, 0 where it cannot be told.
+
+    A number and not the frame: a frame that is kept keeps the locals of all its callers alive.
+    """
+    frame = _step_frame(sys._getframe(1))
+    return id(frame) if frame is not None else 0
+
+
+def step_frame_is_live(number: int) -> bool:
+    """Whether the `step()` of that number still runs, outside the one that is calling this hook."""
+    inner = _step_frame(sys._getframe(1))
+    outer = _step_frame(inner.f_back) if inner is not None else None
+    while outer is not None:
+        if id(outer) == number:
+            return True
+        outer = _step_frame(outer.f_back)
+    return False
 
 
 class Unseen:

@@ -12,13 +12,13 @@ from collections.abc import Iterable
 
 from fnmatch2 import fnmatchcase2
 
-from instrument.config import KINDS
+from instrument.config import SECTIONS
 from instrument.errors import SelectionError
 
 __all__ = ["Pattern", "Patterns"]
 
 REGEX_PREFIX = "re:"
-_TAG_PREFIX = re.compile(rf"(?:{'|'.join(kind.title().replace('_', '') for kind in KINDS)})(?:\.\w+)?/")
+_TAG_PREFIX = re.compile(rf"(?:{'|'.join(SECTIONS.values())})(?:\.\w+)?/")
 _OUTPUT_SUFFIX = re.compile(r"(?:\[[^\[\]]*\])+$")
 
 

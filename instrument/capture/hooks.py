@@ -1,0 +1,373 @@
+"""Hooks: tensors are handed on from inside the forward pass and from gradient hooks, on sampled steps only.
+
+What shaped it (each costs somebody a training run elsewhere):
+
+* tensors are measured inside the hook and never kept: the next in-place operation changes what was kept, and a
+  gradient that is kept costs autograd a copy of it;
+* gradients of activations come from ``output.register_hook``, which is called with None for outputs that were
+  not used; full backward hooks raise with in-place operations and never fire for dictionaries;
+* forward hooks are attached by the root's pre-hook on a sampled step and taken off when it ends, so that other
+  steps, evaluation, scripting and copying see a model without them;
+* what a forward pass yields counts only when gradients flow back through it, and only when it is not the
+  recomputation of activation checkpointing;
+* hook objects hold names and weak references; a deep copy or a pickle of the model gets a function of the
+  standard library in their place, which does nothing and needs no library to load;
+* nothing is ever returned, since a returned value would replace the output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from instrument.capture.names import ModuleEntry, Site
+from instrument.capture.outputs import named_tensors
+from instrument.torch_private import in_backward, in_functorch, skip_code
+
+__all__ = ["ForwardPass", "PassListener", "Taps"]
+
+WAITING_PASSES = 256
+"""Forward passes that may wait for their backward; of more, the oldest are given up."""
+
+
+class PassListener(Protocol):
+    """Who decides about forward passes and takes the tensors that they yield."""
+
+    def forward_starts(self, training: bool) -> bool:
+        """The root is called; returns whether this pass is to be captured."""
+
+    def take(self, site: Site, tensor: torch.Tensor) -> object | None:
+        """Measure a tensor at once; what comes back is kept for the pass, unless it is None."""
+
+    def wants(self, site: Site) -> bool:
+        """Whether this site is watched."""
+
+    def failed(self, place: str, error: Exception) -> None:
+        """An error of ours in a hook; may raise in strict mode."""
+
+
+class ForwardPass:
+    """What one forward pass of the root yielded so far, with the activation gradients that followed it."""
+
+    __slots__ = ("complete", "has_gradient", "is_old", "taken", "ungraded")
+
+    def __init__(self) -> None:
+        self.is_old = False
+        """Whether a step ended while this pass was waiting for its backward."""
+        self.complete = False
+        """Whether the root's forward ended without an exception."""
+        self.has_gradient: bool | None = False
+        """Whether gradients flowed back through the root's output; None where its output cannot tell."""
+        self.taken: list[tuple[Site, object]] = []
+        """What was measured, in the order of execution."""
+        self.ungraded: set[Site] = set()
+        """Outputs that required no gradient: reentrant checkpointing will compute them again with one."""
+
+
+class _Inert:
+    """A hook that a copy or a pickle of the model does not carry on."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return contextlib.nullcontext().__exit__
+
+    def __copy__(self) -> Callable[..., None]:
+        return contextlib.nullcontext().__exit__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class _ModuleHook(_Inert):
+    """A hook of a module, which calls a method of `Taps` without being compiled or traced itself."""
+
+    __slots__ = ("_module", "_name", "_taps")
+
+    def __init__(self, taps: Taps, name: str, module: nn.Module) -> None:
+        self._taps = weakref.ref(taps)
+        self._name = name
+        self._module = weakref.ref(module)
+
+    def _live(self, module: nn.Module) -> Taps | None:
+        """The taps, unless they are gone or the module is a replica that shares the hooks of its original."""
+        return self._taps() if self._module() is module else None
+
+
+class _Tap(_ModuleHook):
+    """Forward hook of one watched module."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            taps = self._live(module)
+            if taps is not None:
+                _uncompiled(Taps.module_called)(taps, self._name, module, output)
+
+
+class _RootStarts(_ModuleHook):
+    """Forward pre-hook of the root."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            taps = self._live(module)
+            if taps is not None:
+                _uncompiled(Taps.root_starts)(taps, module)
+
+
+class _RootEnds(_ModuleHook):
+    """Forward hook of the root; attached after all others, so that it sees the output that the caller gets."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            taps = self._live(module)
+            if taps is not None:
+                _uncompiled(Taps.root_ends)(taps, output)
+
+
+class _GradientTap:
+    """Gradient hook of one output of one watched module."""
+
+    __slots__ = ("_pass", "_site", "_taps")
+
+    def __init__(self, taps: Taps, site: Site, forward: ForwardPass) -> None:
+        self._taps = weakref.ref(taps)
+        self._site = site
+        self._pass = forward
+
+    def __call__(self, gradient: torch.Tensor | None) -> None:
+        taps = self._taps()
+        if gradient is not None and taps is not None:
+            _uncompiled(Taps.gradient_arrived)(taps, self._site, gradient, self._pass)
+
+
+class _Confirmation:
+    """Gradient hook of the root's output: gradients flow back, so the pass is a training pass."""
+
+    __slots__ = ("_pass", "_taps")
+
+    def __init__(self, taps: Taps, forward: ForwardPass) -> None:
+        self._taps = weakref.ref(taps)
+        self._pass = forward
+
+    def __call__(self, gradient: torch.Tensor | None) -> None:
+        taps = self._taps()
+        if gradient is not None and taps is not None:
+            self._pass.has_gradient = True
+            taps.in_backward_of = self._pass
+
+
+@functools.cache
+def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
+    """The function as Dynamo leaves it alone; made when first used, since Dynamo takes seconds to import."""
+    return torch.compiler.disable(function)
+
+
+@functools.cache
+def _keep_hooks_uncompiled() -> None:
+    """Frames of hooks that run outside of a graph would be compiled by themselves and then do nothing."""
+    for hook in (_Tap, _RootStarts, _RootEnds, _GradientTap, _Confirmation):
+        skip_code(hook.__call__.__code__)
+
+
+class Taps:
+    """The hooks on one model: on its root and, on sampled steps, on each selected module.
+
+    Args:
+        model: The root; only a weak reference is kept.
+        listener: Decides and takes tensors.
+    """
+
+    def __init__(self, model: nn.Module, listener: PassListener) -> None:
+        _keep_hooks_uncompiled()
+        self.called: set[str] = set()
+        """Names of the selected modules that were called while the taps were attached."""
+        self.root_called = False
+        """Whether the root was called while it had a hook."""
+        self.in_backward_of: ForwardPass | None = None
+        """The pass whose backward began last; recomputations belong to it."""
+        self._model = weakref.ref(model)
+        self._listener = listener
+        self._entries: tuple[ModuleEntry, ...] = ()
+        self._root_handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
+        self._leaf_handles: list[RemovableHandle] = []
+        self._open: dict[int, ForwardPass] = {}
+        self._waiting: list[ForwardPass] = []
+        self._loose = _loose_pass()
+
+    def watch_root(self) -> None:
+        """Have the root report when it is called; does nothing where it does so already."""
+        model = self._model()
+        if self._root_handle is None and model is not None:
+            self._root_handle = model.register_forward_pre_hook(_RootStarts(self, "", model))
+
+    def leave_root(self) -> None:
+        """Take the hook off the root."""
+        if self._root_handle is not None:
+            self._root_handle.remove()
+            self._root_handle = None
+
+    def select(self, entries: Iterable[ModuleEntry]) -> None:
+        """Choose the modules to attach to; those attached to by now are left."""
+        self.detach()
+        self._entries = tuple(entries)
+
+    def attach(self) -> None:
+        """Attach to the selected modules; does nothing where that is done."""
+        model = self._model()
+        if self._handles or model is None:
+            return
+        for entry in self._entries:
+            try:
+                tap = _Tap(self, entry.name, entry.module)
+                self._handles.append(entry.module.register_forward_hook(tap))
+            except Exception as error:
+                self._listener.failed(entry.name, error)
+        self._handles.append(model.register_forward_hook(_RootEnds(self, "", model)))
+
+    def detach(self) -> None:
+        """Take the hooks off the selected modules."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def collect(self) -> list[tuple[Site, object]]:
+        """What was measured in training passes since the last call, in the order of execution.
+
+        A pass counts when gradients flowed back through its output. Where that happened to none, as when the
+        output is a view that was changed in place and so lost its hooks, every complete pass counts.
+        """
+        complete = [forward for forward in self._waiting if forward.complete]
+        confirmed = [forward for forward in complete if forward.has_gradient is not False] or complete
+        taken: list[tuple[Site, object]] = []
+        for forward in (*confirmed, self._loose):
+            taken += forward.taken
+            forward.taken = []
+        return taken
+
+    def forget(self) -> None:
+        """The step is over: passes that are without a backward for the second time will not get one."""
+        self._waiting = [f for f in self._waiting if f.has_gradient is False and not f.is_old]
+        for forward in self._waiting:
+            forward.is_old = True
+        self._loose = _loose_pass()
+        self.in_backward_of = None
+        for handle in self._leaf_handles:
+            handle.remove()
+        self._leaf_handles.clear()
+
+    def close(self) -> None:
+        """Take every hook off the model."""
+        self.leave_root()
+        self.detach()
+        self.forget()
+        self._waiting.clear()
+        self._open.clear()
+
+    def root_starts(self, module: nn.Module) -> None:
+        """The root is called: decide whether to capture, and open a pass if so."""
+        if in_backward() or in_functorch() or torch.jit.is_tracing():
+            return
+        thread = threading.get_ident()
+        self._open.pop(thread, None)  # the last forward of this thread ended in an exception
+        self.root_called = True
+        training = module.training and torch.is_grad_enabled()
+        if self._listener.forward_starts(training) and training:
+            self.attach()
+            self._open[thread] = forward = ForwardPass()
+            self._waiting = [*self._waiting[1 - WAITING_PASSES :], forward]
+        elif not self._open:
+            self.detach()
+
+    def root_ends(self, output: Any) -> None:
+        """The root has returned: the pass is complete, and waits for its backward."""
+        forward = self._open.pop(threading.get_ident(), None)
+        if forward is None:
+            return
+        forward.complete = True
+        forward.has_gradient = None
+        try:
+            for _, tensor in named_tensors(output):
+                if tensor.requires_grad:
+                    self._hook_tensor(tensor, _Confirmation(self, forward))
+                    forward.has_gradient = False
+        except Exception as error:
+            self._listener.failed("the model's output", error)
+
+    def module_called(self, name: str, module: nn.Module, output: Any) -> None:
+        """A selected module has returned: measure what it returned."""
+        try:
+            if in_functorch() or torch.jit.is_tracing():
+                return
+            self.called.add(name)
+            if in_backward():
+                self._hook_recomputed(name, output)
+                return
+            forward = self._open.get(threading.get_ident())
+            if forward is None:
+                if not (module.training and torch.is_grad_enabled()):
+                    return
+                forward = self._loose
+            self._take(name, output, forward)
+        except Exception as error:
+            self._listener.failed(name, error)
+
+    def gradient_arrived(self, site: Site, gradient: torch.Tensor, forward: ForwardPass) -> None:
+        """The gradient of a module's output is there: measure it."""
+        try:
+            measured = self._listener.take(site, gradient)
+            if measured is not None:
+                forward.taken.append((site, measured))
+        except Exception as error:
+            self._listener.failed(site.name, error)
+
+    def _take(self, name: str, output: Any, forward: ForwardPass) -> None:
+        for path, tensor in named_tensors(output):
+            site = Site("activations", name + path)
+            if self._listener.wants(site):
+                measured = self._listener.take(site, tensor)
+                if measured is not None:
+                    forward.taken.append((site, measured))
+            site = Site("activation_gradients", name + path)
+            if self._listener.wants(site):
+                if tensor.requires_grad and torch.is_grad_enabled():
+                    self._hook_tensor(tensor, _GradientTap(self, site, forward))
+                else:
+                    forward.ungraded.add(site)
+
+    def _hook_recomputed(self, name: str, output: Any) -> None:
+        """Activation checkpointing computes again; only what had no gradient the first time gets a hook now."""
+        forward = self.in_backward_of
+        if forward is None or not torch.is_grad_enabled():
+            return
+        for path, tensor in named_tensors(output):
+            site = Site("activation_gradients", name + path)
+            if site in forward.ungraded and tensor.requires_grad:
+                self._hook_tensor(tensor, _GradientTap(self, site, forward))
+
+    def _hook_tensor(self, tensor: torch.Tensor, hook: Callable[[torch.Tensor | None], None]) -> None:
+        handle = tensor.register_hook(hook)
+        if tensor.is_leaf:  # a leaf outlives the step, and with it our hook would
+            self._leaf_handles.append(handle)
+
+
+def _loose_pass() -> ForwardPass:
+    """A pass for modules that are called by themselves, outside of any call of the root."""
+    forward = ForwardPass()
+    forward.complete = True
+    forward.has_gradient = None
+    return forward
