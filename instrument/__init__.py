@@ -16,6 +16,9 @@ from instrument.errors import (
 )
 from instrument.measure.custom_op import measure
 from instrument.measure.sketch import Sketch
+from instrument.record.buffer import StepRecord
+from instrument.record.writer import SummaryWriter
+from instrument.watcher import Watcher, unwatch, watch
 
 __all__ = [
     "Config",
@@ -26,8 +29,13 @@ __all__ = [
     "RunError",
     "SelectionError",
     "Sketch",
+    "StepRecord",
+    "SummaryWriter",
     "UnmeasurableError",
+    "Watcher",
     "get_histogram_interval",
     "load_config",
     "measure",
+    "unwatch",
+    "watch",
 ]

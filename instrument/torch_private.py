@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | "does autograd run this call?" | `torch._C._current_graph_task_id` | never said to be in backward: recomputation under activation checkpointing is measured again |
 | "does functorch run this call?" | `torch._C._functorch.peek_interpreter_stack` | never said to: our operations may fail under `vmap`, which is caught and noticed |
+| "does `torch.jit.trace` run this call?" | `torch._C._is_tracing` | (older than all versions we support) |
 | hide our operations from modes | `torch.utils._python_dispatch._disable_current_modes`, `torch._C._len_torch_dispatch_stack` | nothing is measured while a mode is active |
 | leave grad mode cheaply | `torch._C._set_grad_enabled` | `torch.set_grad_enabled`, half a microsecond dearer |
 | ignore tensor subclasses and function modes | `torch._C.DisableTorchFunction` | subclasses see our operations |
@@ -32,6 +33,7 @@ __all__ = [
     "in_backward",
     "in_functorch",
     "is_fake",
+    "is_tracing",
     "skip_code",
     "step_frame_is_live",
     "step_frame_number",
@@ -74,6 +76,11 @@ def in_backward() -> bool:
 def in_functorch() -> bool:
     """Whether a transform of `torch.func` runs the caller; its tensors have no values to read."""
     return _interpreter_stack is not None and _interpreter_stack() is not None
+
+
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` runs the caller; what is computed then goes into its graph."""
+    return bool(torch._C._is_tracing())
 
 
 def can_hide() -> bool:

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from instrument.capture.names import ModuleEntry, Site
 from instrument.capture.outputs import named_tensors
-from instrument.torch_private import in_backward, in_functorch, skip_code
+from instrument.torch_private import in_backward, in_functorch, is_tracing, skip_code
 
 __all__ = ["ForwardPass", "PassListener", "Taps"]
 
@@ -42,9 +42,12 @@ class PassListener(Protocol):
     """Who decides about forward passes and takes the tensors that they yield."""
 
     def forward_starts(self, training: bool) -> bool:
-        """The root is called; returns whether this pass is to be captured."""
+        """The root is called; returns whether modules are to be captured in this pass."""
 
-    def take(self, site: Site, tensor: torch.Tensor) -> object | None:
+    def modules(self) -> Iterable[ModuleEntry]:
+        """The modules to attach to, as the model is now."""
+
+    def take(self, site: Site, tensor: torch.Tensor) -> Any:
         """Measure a tensor at once; what comes back is kept for the pass, unless it is None."""
 
     def wants(self, site: Site) -> bool:
@@ -66,7 +69,7 @@ class ForwardPass:
         """Whether the root's forward ended without an exception."""
         self.has_gradient: bool | None = False
         """Whether gradients flowed back through the root's output; None where its output cannot tell."""
-        self.taken: list[tuple[Site, object]] = []
+        self.taken: list[tuple[Site, Any]] = []
         """What was measured, in the order of execution."""
         self.ungraded: set[Site] = set()
         """Outputs that required no gradient: reentrant checkpointing will compute them again with one."""
@@ -127,7 +130,7 @@ class _RootStarts(_ModuleHook):
 
 
 class _RootEnds(_ModuleHook):
-    """Forward hook of the root; attached after all others, so that it sees the output that the caller gets."""
+    """Forward hook of the root."""
 
     __slots__ = ()
 
@@ -166,14 +169,14 @@ class _Confirmation:
     def __call__(self, gradient: torch.Tensor | None) -> None:
         taps = self._taps()
         if gradient is not None and taps is not None:
-            self._pass.has_gradient = True
-            taps.in_backward_of = self._pass
+            taps.backward_starts(self._pass)
 
 
 @functools.cache
 def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
     """The function as Dynamo leaves it alone; made when first used, since Dynamo takes seconds to import."""
-    return torch.compiler.disable(function)
+    disabled: Callable[..., None] = torch.compiler.disable(function)
+    return disabled
 
 
 @functools.cache
@@ -197,12 +200,13 @@ class Taps:
         """Names of the selected modules that were called while the taps were attached."""
         self.root_called = False
         """Whether the root was called while it had a hook."""
+        self.backwards = 0
+        """Passes since the last step through whose output gradients flowed back."""
         self.in_backward_of: ForwardPass | None = None
         """The pass whose backward began last; recomputations belong to it."""
         self._model = weakref.ref(model)
         self._listener = listener
-        self._entries: tuple[ModuleEntry, ...] = ()
-        self._root_handle: RemovableHandle | None = None
+        self._root_handles: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
         self._leaf_handles: list[RemovableHandle] = []
         self._open: dict[int, ForwardPass] = {}
@@ -212,32 +216,29 @@ class Taps:
     def watch_root(self) -> None:
         """Have the root report when it is called; does nothing where it does so already."""
         model = self._model()
-        if self._root_handle is None and model is not None:
-            self._root_handle = model.register_forward_pre_hook(_RootStarts(self, "", model))
+        if not self._root_handles and model is not None:
+            try:
+                self._root_handles.append(model.register_forward_pre_hook(_RootStarts(self, "", model)))
+                self._root_handles.append(model.register_forward_hook(_RootEnds(self, "", model)))
+            except Exception as error:
+                self._listener.failed("the model itself", error)
 
     def leave_root(self) -> None:
-        """Take the hook off the root."""
-        if self._root_handle is not None:
-            self._root_handle.remove()
-            self._root_handle = None
-
-    def select(self, entries: Iterable[ModuleEntry]) -> None:
-        """Choose the modules to attach to; those attached to by now are left."""
-        self.detach()
-        self._entries = tuple(entries)
+        """Take the hooks off the root."""
+        for handle in self._root_handles:
+            handle.remove()
+        self._root_handles.clear()
 
     def attach(self) -> None:
         """Attach to the selected modules; does nothing where that is done."""
-        model = self._model()
-        if self._handles or model is None:
+        if self._handles:
             return
-        for entry in self._entries:
+        for entry in self._listener.modules():
             try:
                 tap = _Tap(self, entry.name, entry.module)
                 self._handles.append(entry.module.register_forward_hook(tap))
             except Exception as error:
                 self._listener.failed(entry.name, error)
-        self._handles.append(model.register_forward_hook(_RootEnds(self, "", model)))
 
     def detach(self) -> None:
         """Take the hooks off the selected modules."""
@@ -245,7 +246,7 @@ class Taps:
             handle.remove()
         self._handles.clear()
 
-    def collect(self) -> list[tuple[Site, object]]:
+    def collect(self) -> list[tuple[Site, Any]]:
         """What was measured in training passes since the last call, in the order of execution.
 
         A pass counts when gradients flowed back through its output. Where that happened to none, as when the
@@ -253,7 +254,7 @@ class Taps:
         """
         complete = [forward for forward in self._waiting if forward.complete]
         confirmed = [forward for forward in complete if forward.has_gradient is not False] or complete
-        taken: list[tuple[Site, object]] = []
+        taken: list[tuple[Site, Any]] = []
         for forward in (*confirmed, self._loose):
             taken += forward.taken
             forward.taken = []
@@ -266,6 +267,7 @@ class Taps:
             forward.is_old = True
         self._loose = _loose_pass()
         self.in_backward_of = None
+        self.backwards = 0
         for handle in self._leaf_handles:
             handle.remove()
         self._leaf_handles.clear()
@@ -280,7 +282,7 @@ class Taps:
 
     def root_starts(self, module: nn.Module) -> None:
         """The root is called: decide whether to capture, and open a pass if so."""
-        if in_backward() or in_functorch() or torch.jit.is_tracing():
+        if in_backward() or in_functorch() or is_tracing():
             return
         thread = threading.get_ident()
         self._open.pop(thread, None)  # the last forward of this thread ended in an exception
@@ -288,10 +290,11 @@ class Taps:
         training = module.training and torch.is_grad_enabled()
         if self._listener.forward_starts(training) and training:
             self.attach()
-            self._open[thread] = forward = ForwardPass()
-            self._waiting = [*self._waiting[1 - WAITING_PASSES :], forward]
         elif not self._open:
             self.detach()
+        if training:
+            self._open[thread] = forward = ForwardPass()
+            self._waiting = [*self._waiting[1 - WAITING_PASSES :], forward]
 
     def root_ends(self, output: Any) -> None:
         """The root has returned: the pass is complete, and waits for its backward."""
@@ -308,10 +311,17 @@ class Taps:
         except Exception as error:
             self._listener.failed("the model's output", error)
 
+    def backward_starts(self, forward: ForwardPass) -> None:
+        """Gradients flow back through the root's output of this pass."""
+        self.in_backward_of = forward
+        if not forward.has_gradient:
+            forward.has_gradient = True
+            self.backwards += 1
+
     def module_called(self, name: str, module: nn.Module, output: Any) -> None:
         """A selected module has returned: measure what it returned."""
         try:
-            if in_functorch() or torch.jit.is_tracing():
+            if in_functorch() or is_tracing():
                 return
             self.called.add(name)
             if in_backward():

@@ -52,19 +52,20 @@ class ModuleEntry:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterEntry:
-    """A parameter, found again through its owner: no reference to the parameter itself is kept.
+    """A parameter, found again through the dictionary of its owner.
 
-    A weak reference to a parameter would make ``module.to()`` fail for tensor subclasses, and a strong one
-    would outlive a replacement.
+    A weak reference to a parameter would make ``module.to()`` fail for tensor subclasses; a strong one would
+    outlive a replacement; one to the module would keep the model alive.
     """
 
     name: str
-    owner: nn.Module
+    owners: dict[str, nn.Parameter | None]
+    """The ``_parameters`` of the module that has the parameter."""
     attribute: str
 
     def get(self) -> nn.Parameter | None:
-        """The parameter as it is now, read from the owner's dictionary: reading the attribute may compute."""
-        return self.owner._parameters.get(self.attribute)
+        """The parameter as it is now; reading the attribute of the module instead may compute."""
+        return self.owners.get(self.attribute)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Selection:
 
     def names(self) -> list[str]:
         """Every name that leads to something selected, further names included."""
-        return [entry.name for entry in (*self.modules, *self.parameters)] + list(self.aliases)
+        modules = [entry.name for entry in self.modules]
+        return modules + [entry.name for entry in self.parameters] + list(self.aliases)
 
 
 def named_modules(model: nn.Module) -> list[ModuleEntry]:
@@ -129,7 +131,7 @@ def named_parameters(modules: Iterable[ModuleEntry]) -> Iterator[tuple[Parameter
         for owner in _with_wrapped(entry.module):
             for attribute, parameter in owner._parameters.items():
                 if parameter is not None:
-                    yield ParameterEntry(prefix + attribute, owner, attribute), parameter
+                    yield ParameterEntry(prefix + attribute, owner._parameters, attribute), parameter
 
 
 def _with_wrapped(module: nn.Module) -> Iterator[nn.Module]:

@@ -149,7 +149,10 @@ class StepClock:
         """
         if self.manual or self.has_optimizer or self.is_stepping:
             return False
-        version = sum(parameter._version for parameter in self._parameters() if parameter.requires_grad)
+        versions = [parameter._version for parameter in self._parameters() if parameter.requires_grad]
+        if not versions:  # nothing to train, or the model is gone
+            return False
+        version = sum(versions)
         moved = self._version is not None and version != self._version
         self._version = version
         if moved:

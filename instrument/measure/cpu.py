@@ -37,7 +37,13 @@ SMALL = 8192
 
 _WIDE = frozenset(
     dtype
-    for dtype in (torch.float64, torch.int32, torch.int64, getattr(torch, "uint32", None), getattr(torch, "uint64", None))
+    for dtype in (
+        torch.float64,
+        torch.int32,
+        torch.int64,
+        getattr(torch, "uint32", None),
+        getattr(torch, "uint64", None),
+    )
     if dtype is not None
 )
 """Types whose values do not all fit into float32: they are read as float64 first."""

@@ -32,7 +32,7 @@ def _measure_on_cpu(x: torch.Tensor, codes: torch.Tensor, moments: torch.Tensor)
         accumulate_cpu(readable(x), codes.numpy(), moments.numpy())
 
 
-@torch.library.register_fake("instrument::measure")
+@torch.library.register_fake("instrument::measure")  # type: ignore[untyped-decorator]  # torch leaves it without
 def _measure_fake(x: torch.Tensor, codes: torch.Tensor, moments: torch.Tensor) -> None:
     """Nothing is returned, so there is no shape to work out."""
 

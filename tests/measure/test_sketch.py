@@ -144,9 +144,7 @@ def test_log10_histogram_counts_magnitudes() -> None:
     ("dtype", "rounds_out_of_range"),
     [(torch.float16, 65520.0), (torch.bfloat16, 3.4e38), (torch.float8_e4m3fn, 464.0), (torch.float8_e5m2, 61440.0)],
 )
-def test_underflow_and_overflow_agree_with_a_real_conversion(
-    dtype: torch.dtype, rounds_out_of_range: float
-) -> None:
+def test_underflow_and_overflow_agree_with_a_real_conversion(dtype: torch.dtype, rounds_out_of_range: float) -> None:
     """The share that becomes zero agrees with converting the values, the share beyond with its limit."""
     exponents = torch.rand(200_000, generator=torch.Generator().manual_seed(4)) * 80 - 40
     values = torch.exp2(exponents)

@@ -1,0 +1,397 @@
+"""The life of a step: what is measured when, and when it is over.
+
+An optimizer's hooks say when a step starts and ends; on a sampled step the root's hook attaches taps to the
+selected modules; what they and the parameters yield is measured at once, buffered, and handed on as a record when
+the step is over. That is when the next one starts, since only then is it certain that no second optimizer has yet
+to make its part of it.
+
+Everything that runs inside a hook is guarded: a fault is told once, that site is switched off, and training goes
+on.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from instrument.capture.hooks import Taps
+from instrument.capture.names import MODULE_KINDS, ModuleEntry, Selection, Site, select
+from instrument.capture.parameters import Parameters
+from instrument.capture.patterns import Patterns
+from instrument.capture.steps import StepClock
+from instrument.config import Config
+from instrument.errors import UnmeasurableError, warn_quietly
+from instrument.measure.custom_op import measure
+from instrument.measure.sketch import Sketch
+from instrument.record.buffer import Buffer, StepRecord
+from instrument.torch_private import Unseen
+
+__all__ = ["Session"]
+
+Optimizer: TypeAlias = torch.optim.Optimizer
+_Pairs: TypeAlias = "list[tuple[str, nn.Parameter]]"
+
+NAMES_IN_A_NOTICE = 12
+PATIENCE = 3
+"""Backward passes whose gradients vanish without a step being seen, before that is said."""
+
+
+class Session:
+    """Watches one model, and hands on a record of each sampled step.
+
+    Args:
+        model: The model; only a weak reference is kept.
+        config: The settings.
+        patterns: What is included and excluded.
+        emit: Takes each record, and whether its scalars and its histograms are to be written.
+        optimizer: Where given, this optimizer alone is the clock.
+        initial_step: Number of the first step.
+        strict: Whether faults of ours are raised.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        patterns: Patterns,
+        emit: Callable[[StepRecord, bool, bool], None],
+        optimizer: Optimizer | None,
+        initial_step: int,
+        strict: bool,
+    ) -> None:
+        self.buffer = Buffer(config.history)
+        self.notices: list[str] = []
+        """What could not be observed, and why."""
+        self._told: set[str] = set()
+        self._model = weakref.ref(model)
+        self._pid = os.getpid()
+        self._kinds = config.kinds
+        self._interval = config.histogram_interval
+        self._scalar_interval = min(config.scalar_interval, config.histogram_interval)
+        self._patterns = patterns
+        self._emit = emit
+        self._initial_step = initial_step
+        self._strict = strict
+        self._broken: set[str] = set()
+        self._sites: tuple[Site, ...] = ()
+        self._outputs: dict[Site, dict[Site, None]] = {}
+        self._selected_for: int | None = None
+        self._starts: set[int] = set()
+        self._silent_backwards = 0
+        self._are_calls_checked = False
+        self._parameters = Parameters()
+        self.clock = StepClock(self._all_parameters, self, initial_step, optimizer)
+        self.taps = Taps(model, self)
+        self._select()
+        self._parameters.let_go()
+
+    def open(self) -> None:
+        """Begin to watch."""
+        self.clock.start()
+        self._prepare()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """What is watched; a module with several outputs stands for each of them once it has run."""
+        return tuple(site for base in self._sites for site in self._outputs.get(base, (base,)))
+
+    def is_sampled(self, step: int) -> bool:
+        """Whether a step is measured."""
+        return step % self._scalar_interval == 0 or step % self._interval == 0
+
+    def has_histograms(self, step: int) -> bool:
+        """Whether the histograms of a step are written."""
+        return step % self._interval == 0
+
+    # What the taps ask and tell.
+
+    def forward_starts(self, training: bool) -> bool:
+        """The root is called; returns whether modules are to be captured in this pass."""
+        if self._is_elsewhere():
+            return False
+        try:
+            if training:
+                self._look_for_a_silent_step()
+            if not self.clock.is_stepping:
+                self.settle(lenient=False)
+            return any(self.is_sampled(step) for step in self.clock.due())
+        except Exception as error:
+            self.failed("the model's forward", error)
+            return False
+
+    def modules(self) -> Iterable[ModuleEntry]:
+        """The modules to attach to, as the model is now."""
+        return self._select().modules
+
+    def wants(self, site: Site) -> bool:
+        """Whether this site is watched."""
+        return (
+            site.kind in self._kinds
+            and self._patterns.match(site.name)
+            and not (self._broken and self._broken.intersection((site.name, site.name.partition("[")[0], _place(site))))
+        )
+
+    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | None:
+        """Measure a tensor; None where that cannot be done."""
+        try:
+            sketch = measure(tensor)
+        except UnmeasurableError as error:
+            self.notice(f"{_place(site)} are not measured: {error}")
+            return None
+        except Exception as error:
+            self.failed(_place(site), error)
+            return None
+        base, bracket, _ = site.name.partition("[")
+        if bracket:
+            self._outputs.setdefault(Site(site.kind, base), {})[site] = None
+        return sketch
+
+    def failed(self, place: str, error: Exception) -> None:
+        """Tell of a fault of ours; raise it in strict mode."""
+        if self._strict:
+            raise error
+        self._broken.add(place)
+        self.notice(f"{place}: this library failed with {type(error).__name__}: {error}; it is left out from now on")
+
+    def notice(self, text: str) -> None:
+        """Say once what could not be observed."""
+        if text not in self._told:
+            self._told.add(text)
+            self.notices.append(text)
+            warn_quietly(text, stacklevel=3)
+
+    # What the clock tells.
+
+    def step_starts(self, optimizer: Optimizer, index: int, closure: bool) -> None:
+        """An optimizer is about to make a step: its gradients are ready, unless it got a closure."""
+        if self._is_elsewhere():
+            return
+        try:
+            if self.buffer.step is not None and self.buffer.step < index:
+                self._close_record()
+            if not self.is_sampled(index) or index < (self.buffer.step or 0):
+                return
+            if id(optimizer) in self._starts:  # its last step raised before it ended
+                self._drop_record()
+            self._open_record(index)
+            self._starts.add(id(optimizer))
+            pairs = self._parameters.of(optimizer)
+            if "updates" in self._kinds:
+                self._parameters.remember(pairs)
+            if not closure:
+                self._take_passes()
+                self._take_all(self._parameters.gradients(pairs, getattr(optimizer, "grad_scale", None)))
+        except Exception as error:
+            self.failed("the optimizer's step", error)
+
+    def step_ends(self, optimizer: Optimizer, index: int, closure: bool) -> None:
+        """An optimizer has made a step: its parameters have their new values."""
+        if self._is_elsewhere():
+            return
+        try:
+            self._silent_backwards = 0
+            if self.buffer.step == index and self.is_sampled(index):
+                pairs = self._parameters.of(optimizer)
+                if closure:
+                    self._take_passes()
+                    self._take_all(self._parameters.gradients(pairs))
+                self._take_all(self._parameters.updates(pairs))
+                self._take_all(self._parameters.values(pairs))
+                self._starts.discard(id(optimizer))
+            self._prepare()
+        except Exception as error:
+            self.failed("the optimizer's step", error)
+
+    # Steps that end otherwise.
+
+    def end_by_hand(self, step: int | None) -> None:
+        """End a step by hand."""
+        expected, inferred = self.clock.step, self.clock.step > self._initial_step and not self.clock.manual
+        if step is not None and step < expected - inferred:
+            self.notice(f"step({step}) was called after step {expected - 1 - inferred}: counted on from there")
+        ended = self.clock.advance(step)
+        if not inferred and (self.is_sampled(expected) or self.buffer.step is not None):
+            self._open_record(expected)
+            self._take_what_is_there()
+        if self.buffer.step is not None:
+            self.buffer.step = ended
+        self.settle()
+        self._prepare()
+
+    def settle(self, lenient: bool = True) -> None:
+        """Close the record of a step that is over.
+
+        Args:
+            lenient: Whether a step counts as over although an optimizer may yet make its part of it.
+        """
+        if lenient and self.clock.forward_starts():
+            self._take_silent_step()
+        step = self.buffer.step
+        if step is not None and step < self.clock.step and (lenient or step not in self.clock.due()):
+            self._close_record()
+
+    def close(self) -> None:
+        """Log the last step where that was not done, and take every hook off."""
+        try:
+            if not self._is_elsewhere():
+                self.settle()
+                self._log_last_step()
+        except Exception as error:
+            self.failed("the last step", error)
+        finally:
+            self.clock.stop()
+            self.taps.close()
+            self._parameters.select(())
+
+    def _log_last_step(self) -> None:
+        last = self.clock.step - 1
+        if last < self._initial_step:
+            return
+        newest = self.buffer.history[-1] if self.buffer.history else None
+        if newest is None or newest.step < last:
+            self._open_record(last)
+            self._take_what_is_there()
+            record = self.buffer.close()
+            if record is not None:
+                self._emit(record, True, True)
+        elif not self.has_histograms(last):
+            self._emit(newest, False, True)
+
+    def _look_for_a_silent_step(self) -> None:
+        """Before a training pass: was a step made without any optimizer, or are gradients gone without one?"""
+        if self.clock.forward_starts():
+            self._take_silent_step()
+        elif not self.clock.has_optimizer and not self.clock.manual and self.taps.backwards:
+            if self._are_gradients_gone():
+                self._silent_backwards += 1
+                self.taps.backwards = 0
+            if self._silent_backwards == PATIENCE:
+                self.notice(
+                    f"no optimizer step was seen in {PATIENCE} backward passes, so no step is counted: call "
+                    "watcher.step() at the end of each step, or give optimizer= to watch()"
+                )
+
+    def _take_silent_step(self) -> None:
+        """A step without an optimizer was made: take what it left behind."""
+        self._silent_backwards = 0
+        ended = self.clock.step - 1
+        if self.is_sampled(ended):
+            self._open_record(ended)
+            self._take_what_is_there()
+            self._close_record()
+        self._prepare()
+
+    def _are_gradients_gone(self) -> bool:
+        with Unseen():
+            gradients = [p.grad for p in self._all_parameters() if p.grad is not None]
+            return not any(bool(gradient.count_nonzero()) for gradient in gradients[:4])
+
+    # The record of a step.
+
+    def _open_record(self, index: int) -> None:
+        if self.buffer.step is None:
+            self._select()
+        self.buffer.open(index)
+
+    def _close_record(self) -> None:
+        step = self.buffer.step
+        pairs = [
+            (name, parameter)
+            for name, parameter in self._parameters.of()
+            if not self.buffer.has(Site("parameters", name))
+        ]
+        self._take_all(self._parameters.values(pairs))
+        record = self.buffer.close()
+        self.taps.forget()
+        self._starts.clear()
+        self._parameters.let_go()
+        self._check_calls()
+        if record is not None and step is not None:
+            self._emit(record, True, self.has_histograms(step))
+
+    def _drop_record(self) -> None:
+        self.buffer.drop()
+        self._starts.clear()
+
+    def _take_passes(self) -> None:
+        for site, sketch in self.taps.collect():
+            self.buffer.add(site, sketch)
+
+    def _take_what_is_there(self) -> None:
+        """Passes, gradients and parameters, where no optimizer says which are its own."""
+        self._take_passes()
+        pairs = self._parameters.of()
+        self._take_all(
+            (site, gradient) for site, gradient in self._parameters.gradients(pairs) if not self.buffer.has(site)
+        )
+        self._take_all((site, value) for site, value in self._parameters.values(pairs) if not self.buffer.has(site))
+
+    def _take_all(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
+        for site, tensor in tensors:
+            if self.wants(site):
+                sketch = self.take(site, tensor)
+                if sketch is not None:
+                    self.buffer.add(site, sketch)
+
+    def _prepare(self) -> None:
+        """Make ready for the next step: hooks where it is sampled, none where it is not."""
+        is_next_sampled = any(self.is_sampled(step) for step in self.clock.due())
+        if is_next_sampled or not (self.clock.has_optimizer or self.clock.manual):
+            self.taps.watch_root()
+        else:
+            self.taps.leave_root()
+        if not is_next_sampled:
+            self.taps.detach()
+        elif not self.taps.root_called and self.clock.step > self._initial_step:
+            self.taps.attach()  # the root itself is never called: a container, or `model.encode()`
+
+    # The model.
+
+    def _select(self) -> Selection:
+        model = self._model()
+        if model is None:
+            return Selection((), (), {})
+        selection = select(model, self._patterns, self._kinds)
+        self._parameters.select(selection.parameters)
+        self._sites = tuple(self._sites_of(selection))
+        return selection
+
+    def _sites_of(self, selection: Selection) -> Iterator[Site]:
+        for entry in selection.modules:
+            yield from (Site(kind, entry.name) for kind in self._kinds if kind in MODULE_KINDS)
+        for place in selection.parameters:
+            yield from (Site(kind, place.name) for kind in self._kinds if kind not in MODULE_KINDS)
+
+    def _all_parameters(self) -> list[nn.Parameter]:
+        model = self._model()
+        return list(model.parameters()) if model is not None else []
+
+    def _check_calls(self) -> None:
+        """After the first sampled step: name the modules that were selected and never called."""
+        if self._are_calls_checked or "activations" not in self._kinds:
+            return
+        self._are_calls_checked = True
+        missing = [
+            site.name for site in self._sites if site.kind == "activations" and site.name not in self.taps.called
+        ]
+        if missing:
+            names = ", ".join(missing[:NAMES_IN_A_NOTICE])
+            more = len(missing) - NAMES_IN_A_NOTICE
+            self.notice(
+                f"never called in the first sampled step, so without activations: {names}"
+                f"{f' and {more} more' if more > 0 else ''}; a parent that uses their weights itself, or "
+                "model.forward() instead of model(), passes them by"
+            )
+
+    def _is_elsewhere(self) -> bool:
+        """Whether this is a process that was forked from the one that watches."""
+        return os.getpid() != self._pid
+
+
+def _place(site: Site) -> str:
+    return f"{site.kind} of {site.name}"
