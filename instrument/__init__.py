@@ -4,6 +4,7 @@ Activations, parameters and gradients, chosen by globs over their names, are mea
 in TensorBoard. Training with and without the watch is bit-identical.
 """
 
+from instrument.by_hand import TensorBoardLogger
 from instrument.config import Config, get_histogram_interval, load_config
 from instrument.errors import (
     ConfigError,
@@ -14,6 +15,7 @@ from instrument.errors import (
     SelectionError,
     UnmeasurableError,
 )
+from instrument.launch import TensorBoardServer, launch_tensorboard
 from instrument.measure.custom_op import measure
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord
@@ -31,9 +33,12 @@ __all__ = [
     "Sketch",
     "StepRecord",
     "SummaryWriter",
+    "TensorBoardLogger",
+    "TensorBoardServer",
     "UnmeasurableError",
     "Watcher",
     "get_histogram_interval",
+    "launch_tensorboard",
     "load_config",
     "measure",
     "unwatch",

@@ -1,0 +1,1 @@
+"""Tests of `instrument`; each opens with the sentence that it proves."""

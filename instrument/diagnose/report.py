@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,17 @@ class Report:
         return cls(_rows(scalars), tuple(notices))
 
     @classmethod
-    def of_run(cls, logdir: Path) -> Report:
+    def of_run(cls, logdir: Path, progress: Callable[[int], None] | None = None) -> Report:
         """Report on the event files of a run.
+
+        Args:
+            logdir: Directory of event files.
+            progress: Called with the number of bytes read since the last call.
 
         Raises:
             RunError: They cannot be read, or hold nothing of ours.
         """
-        return cls(_rows(read_scalars(logdir)), ())
+        return cls(_rows(read_scalars(logdir, progress)), ())
 
     def as_dict(self) -> dict[str, Any]:
         """The same for programs: ``{"rows": [{"kind", "name", "step", statistic: value, ...}], "notices": []}``."""

@@ -127,7 +127,7 @@ def _measure_block(piece: torch.Tensor) -> _Measured:
     """Counts and moments of one piece of 1 to `BLOCK` elements; values that are rare go the exact way."""
     single, double, exact = _as_floats(piece)
     low, high = float(np.minimum.reduce(exact)), float(np.maximum.reduce(exact))
-    if not (-_FLOAT32_MAX <= low and high <= _FLOAT32_MAX):  # false for NaN too
+    if not (low >= -_FLOAT32_MAX and high <= _FLOAT32_MAX):  # false for NaN too
         return _exactly(double)
     counts = _count_codes(single)
     coded_zero = int(counts[0] + counts[_SIGN])

@@ -8,7 +8,6 @@ compiled graph (called under a Python bool in a hook: no graph break, exactly tw
 
 from __future__ import annotations
 
-
 import numpy as np
 import torch
 

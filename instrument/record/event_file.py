@@ -141,7 +141,7 @@ class EventFile:
         if self._file < 0:
             return True
         try:
-            return os.stat(self.path).st_ino != os.fstat(self._file).st_ino
+            return self.path.stat().st_ino != os.fstat(self._file).st_ino
         except FileNotFoundError:
             return True
 

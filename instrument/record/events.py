@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from instrument.measure.sketch import FloatArray, IntArray, Sketch
 from instrument.record.buffer import StepRecord
 from instrument.record.tags import COUNTS, LOG10, LOG10_KINDS, STATISTICS, parse_tag
 
-__all__ = ["Damage", "frame", "histogram_proto", "read_events", "record_values", "scan"]
+__all__ = ["Damage", "FileCheck", "check_file", "frame", "histogram_proto", "read_events", "record_values", "scan"]
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -159,6 +159,47 @@ def scan(path: Path, check: bool = False) -> Iterator[bytes | Damage]:
                 return
             yield data
             offset += _HEADER.size + length + _FOOTER.size
+
+
+@dataclasses.dataclass(frozen=True)
+class FileCheck:
+    """What a check of one event file found."""
+
+    path: Path
+    size: int
+    """Bytes in the file."""
+    records: int
+    """Whole records, the header among them."""
+    last_step: int | None
+    """Step of the last record with values; None where there is none."""
+    damage: Damage | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for programs."""
+        return {**dataclasses.asdict(self), "path": str(self.path)}
+
+
+def check_file(path: Path, progress: Callable[[int], None] | None = None) -> FileCheck:
+    """Read an event file with every checksum.
+
+    Args:
+        path: The file.
+        progress: Called with the number of bytes read since the last call.
+
+    Returns:
+        What was found; damage where the file is torn, cut or altered.
+    """
+    records, last_step = 0, None
+    for data in scan(path, check=True):
+        if isinstance(data, Damage):
+            return FileCheck(path, path.stat().st_size, records, last_step, data)
+        records += 1
+        event = Event.FromString(data)
+        if event.HasField("summary"):
+            last_step = event.step
+        if progress is not None:
+            progress(len(data))
+    return FileCheck(path, path.stat().st_size, records, last_step, None)
 
 
 def read_events(path: Path) -> Iterator[Any]:

@@ -55,7 +55,7 @@ def make_run_directory(runs_directory: str | os.PathLike[str], today: datetime.d
 
 
 def _highest_number(root: Path, day: str) -> int:
-    found = (_RUN_NAME.fullmatch(name) for name in os.listdir(root))
+    found = (_RUN_NAME.fullmatch(path.name) for path in root.iterdir())
     return max((int(match[2]) for match in found if match and match[1] == day), default=0)
 
 

@@ -1,0 +1,1 @@
+"""Tests of measuring: a tensor becomes a sketch."""

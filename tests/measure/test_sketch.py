@@ -169,7 +169,7 @@ def test_a_quantile_that_is_no_share_is_refused(q: object) -> None:
 
 def test_a_type_that_is_no_float_is_refused() -> None:
     """Underflow in an integer type is a mistake that is told."""
-    with pytest.raises(ConfigError, match="torch.int8"):
+    with pytest.raises(ConfigError, match=r"torch\.int8"):
         measure(torch.ones(1)).underflow_fraction(torch.int8)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from instrument.measure.sketch import Sketch
 
 
-def assert_measures(sketch: Sketch, values: npt.NDArray[np.float64]) -> None:
+def assert_measures(sketch: Sketch, values: npt.NDArray[Any]) -> None:
     """Every statistic of the sketch equals that of the values; counts and extremes to the last digit."""
     values = values.astype(np.float64).ravel()
     finite = values[np.isfinite(values)]

@@ -1,0 +1,5 @@
+"""``python -m instrument`` is the command ``instrument``."""
+
+from instrument.cli import main
+
+main()
