@@ -192,8 +192,8 @@ def select(model: nn.Module, patterns: Patterns, kinds: Iterable[str]) -> Select
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Whether the module can be called at all; `ModuleList` and its like cannot."""
-    return getattr(type(module), "forward", None) is not nn.Module.forward
+    """Whether the module can be called at all; `ModuleList` cannot, a compiled module has its forward on itself."""
+    return "forward" in vars(module) or getattr(type(module), "forward", None) is not nn.Module.forward
 
 
 def check_selection(model: nn.Module, patterns: Patterns, kinds: tuple[str, ...]) -> tuple[Selection, list[str]]:
