@@ -17,7 +17,9 @@ from instrument import TensorBoardLogger, get_histogram_interval
 
 def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
-    logdir: Annotated[Path | None, typer.Option(help="Where the run is written; a new directory in runs without it.")] = None,
+    logdir: Annotated[
+        Path | None, typer.Option(help="Where the run is written; a new directory in runs without it.")
+    ] = None,
 ) -> None:
     """Fit a sine, and log at the interval of the configuration."""
     torch.manual_seed(0)

@@ -100,7 +100,11 @@ class CharGPT(nn.Module):
 def read_text(path: Path | None) -> str:
     """The text of a file, or the sources of the standard library; what is not ASCII becomes a question mark."""
     files = [path] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files).encode("ascii", "replace").decode()
+    return (
+        "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+        .encode("ascii", "replace")
+        .decode()
+    )
 
 
 def main(
@@ -109,7 +113,9 @@ def main(
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = 32,
     context: Annotated[int, typer.Option(help="Characters a sequence.")] = 64,
     interval: Annotated[int, typer.Option(help="Steps between histograms; 0 watches nothing.")] = 25,
-    logdir: Annotated[Path | None, typer.Option(help="Where the run is written; a new directory in runs without it.")] = None,
+    logdir: Annotated[
+        Path | None, typer.Option(help="Where the run is written; a new directory in runs without it.")
+    ] = None,
 ) -> None:
     """Train, and show what the watch saw."""
     torch.manual_seed(1337)
@@ -149,7 +155,9 @@ def main(
     model.eval()
     print(f"\nIt writes: {''.join(characters[i] for i in model.write(data[None, :1], 200)[0].tolist())!r}\n")
     print(watcher.report())
-    print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps, held-out loss {held_out_loss:.3f}")
+    print(
+        f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps, held-out loss {held_out_loss:.3f}"
+    )
     print(f"run:  {watcher.logdir}")
     print(f"see:  instrument tensorboard {watcher.logdir}")
 

@@ -18,7 +18,7 @@ from instrument.measure.custom_op import measure
 from instrument.record.buffer import StepRecord
 from instrument.record.runs import make_run_directory
 from instrument.record.tags import tag_of
-from instrument.record.writer import REQUIRED_METHODS, SummaryWriter, sink_for
+from instrument.record.writer import REQUIRED_METHODS, RecordSink, SummaryWriter, sink_for
 
 __all__ = ["TensorBoardLogger"]
 
@@ -46,7 +46,7 @@ class TensorBoardLogger:
 
     def __init__(self, logdir_or_writer: Any = None, config: ConfigSource | None = None) -> None:
         settings = load_config(config)
-        self._sink = None
+        self._sink: RecordSink | None = None
         self.writer: Any = None
         """What is written to; None where logging is switched off."""
         if settings.histogram_interval <= 0:
@@ -55,17 +55,18 @@ class TensorBoardLogger:
             try:
                 directory = logdir_or_writer or make_run_directory(settings.runs_directory)
                 self.writer = SummaryWriter(os.fspath(directory))
+                self._sink = sink_for(self.writer, is_users=False)
             except (OSError, RunError) as error:
                 warn_quietly(f"{error}; nothing is logged, training goes on", stacklevel=2)
                 return
         elif any(hasattr(logdir_or_writer, name) for name in REQUIRED_METHODS):
             self.writer = logdir_or_writer
+            self._sink = sink_for(self.writer)
         else:
             raise ConfigError(
                 f"logdir_or_writer is {logdir_or_writer!r}, allowed is a directory or anything with the methods of "
                 "torch.utils.tensorboard.SummaryWriter"
             )
-        self._sink = sink_for(self.writer)
 
     def log_model_histograms(self, model: nn.Module, step: int) -> None:
         """Write ``Parameters/{name}``, and ``Gradients/{name}`` where there is a gradient.

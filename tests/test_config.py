@@ -106,7 +106,9 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "words"), BAD_VALUES, ids=[f"{key}={value!r}" for key, value, _ in BAD_VALUES])
+@pytest.mark.parametrize(
+    ("key", "value", "words"), BAD_VALUES, ids=[f"{key}={value!r}" for key, value, _ in BAD_VALUES]
+)
 def test_a_bad_value_is_told_with_file_key_and_what_is_allowed(
     key: str, value: Any, words: str, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -52,20 +53,24 @@ class ModuleEntry:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterEntry:
-    """A parameter, found again through the dictionary of its owner.
+    """A parameter, found again through the module that has it.
 
-    A weak reference to a parameter would make ``module.to()`` fail for tensor subclasses; a strong one would
-    outlive a replacement; one to the module would keep the model alive.
+    A weak reference to the parameter itself would make ``module.to()`` fail for tensor subclasses, and a strong
+    one would outlive a replacement.
     """
 
     name: str
-    owners: dict[str, nn.Parameter | None]
-    """The ``_parameters`` of the module that has the parameter."""
+    owner: weakref.ref[nn.Module]
     attribute: str
+    kept: dict[str, nn.Parameter | None] | None = None
+    """The owner's dictionary of parameters, where the parameter shall outlive its module."""
 
     def get(self) -> nn.Parameter | None:
         """The parameter as it is now; reading the attribute of the module instead may compute."""
-        return self.owners.get(self.attribute)
+        if self.kept is not None:
+            return self.kept.get(self.attribute)
+        owner = self.owner()
+        return owner._parameters.get(self.attribute) if owner is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +136,7 @@ def named_parameters(modules: Iterable[ModuleEntry]) -> Iterator[tuple[Parameter
         for owner in _with_wrapped(entry.module):
             for attribute, parameter in owner._parameters.items():
                 if parameter is not None:
-                    yield ParameterEntry(prefix + attribute, owner._parameters, attribute), parameter
+                    yield ParameterEntry(prefix + attribute, weakref.ref(owner), attribute), parameter
 
 
 def _with_wrapped(module: nn.Module) -> Iterator[nn.Module]:

@@ -7,6 +7,7 @@ backward leaves gradients in the discriminator, which no one will ever apply.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 
@@ -30,17 +31,12 @@ class Parameters:
         self._before: dict[str, torch.Tensor] = {}
 
     def select(self, entries: Iterable[ParameterEntry]) -> None:
-        """Choose the parameters to read."""
-        self._entries = tuple(entries)
+        """Choose the parameters to read.
 
-    def let_go(self) -> None:
-        """Hold no parameter that leads back to its model: our reference would keep the model alive for ever.
-
-        Others are held by their owners' dictionaries, so that the last step can be logged even when the model
-        is gone.
+        They are kept so that the last step can be logged even when the model is gone by then; not those that
+        lead back to their model by a hook or an attribute, since they would keep it alive for ever.
         """
-        self._before.clear()
-        self._entries = tuple(entry for entry in self._entries if not _leads_elsewhere(entry.get()))
+        self._entries = tuple(_kept(entry) for entry in entries)
 
     def of(self, optimizer: torch.optim.Optimizer | None = None) -> list[tuple[str, torch.nn.Parameter]]:
         """Names and parameters that are selected and that this optimizer owns.
@@ -114,10 +110,16 @@ def _sample(parameter: torch.Tensor) -> torch.Tensor:
     return flat[::step] if step > 1 else flat
 
 
-def _leads_elsewhere(parameter: torch.nn.Parameter | None) -> bool:
+def _kept(entry: ParameterEntry) -> ParameterEntry:
+    """The entry with a hold on its owner's dictionary, unless a parameter in that leads elsewhere."""
+    owner = entry.owner()
+    if owner is None or any(_leads_elsewhere(p) for p in owner._parameters.values() if p is not None):
+        return entry
+    return dataclasses.replace(entry, kept=owner._parameters)
+
+
+def _leads_elsewhere(parameter: torch.nn.Parameter) -> bool:
     """Whether objects of the user's hang on a parameter: hooks, or attributes of any kind."""
-    if parameter is None:
-        return False
     if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
         return True
     return not all(isinstance(value, (bool, int, float, str, type(None))) for value in vars(parameter).values())

@@ -158,20 +158,21 @@ class RecordSink(Protocol):
         """Flush, and close the writer if it is ours."""
 
 
-def sink_for(writer: Any) -> RecordSink:
+def sink_for(writer: Any, is_users: bool = True) -> RecordSink:
     """What step records are written through.
 
     Args:
         writer: Our `SummaryWriter`, or anything with the methods of one.
+        is_users: Whether the writer is the user's, to be flushed but never closed.
 
     Returns:
-        A sink; it closes only writers of ours.
+        A sink.
 
     Raises:
         ConfigError: The writer lacks a method.
     """
     if isinstance(writer, SummaryWriter):
-        return OwnSink(writer)
+        return OwnSink(writer, is_users)
     missing = [name for name in REQUIRED_METHODS if not callable(getattr(writer, name, None))]
     if missing:
         raise ConfigError(
@@ -186,10 +187,12 @@ class OwnSink:
 
     Args:
         writer: The writer.
+        is_users: Whether it is the user's, to be flushed but never closed.
     """
 
-    def __init__(self, writer: SummaryWriter) -> None:
+    def __init__(self, writer: SummaryWriter, is_users: bool) -> None:
         self._writer = writer
+        self._is_users = is_users
         self._counted: set[str] = set()
 
     def write(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
@@ -212,8 +215,11 @@ class OwnSink:
         self._writer.flush()
 
     def close(self) -> None:
-        """Close the writer."""
-        self._writer.close()
+        """Flush, and close the writer unless it is the user's."""
+        if self._is_users:
+            self._writer.flush()
+        else:
+            self._writer.close()
 
 
 class ForeignSink:

@@ -88,7 +88,6 @@ class Session:
         self.clock = StepClock(self._all_parameters, self, initial_step, optimizer)
         self.taps = Taps(model, self)
         self._select()
-        self._parameters.let_go()
 
     def open(self) -> None:
         """Begin to watch."""
@@ -309,7 +308,6 @@ class Session:
         record = self.buffer.close()
         self.taps.forget()
         self._starts.clear()
-        self._parameters.let_go()
         self._check_calls()
         if record is not None and step is not None:
             self._emit(record, True, self.has_histograms(step))

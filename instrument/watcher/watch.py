@@ -126,7 +126,7 @@ def watch(
         except (OSError, RunError) as error:
             warn_quietly(f"{error}; training goes on unwatched")
             return Watcher(chosen, None, off="there is no directory to write to")
-        sink = sink_for(writer)
+        sink = sink_for(writer, is_users=False)
     watcher = Watcher(chosen, writer, sink)
     watcher._begin(model, patterns, clock, first_step, strict, notes)
     return watcher

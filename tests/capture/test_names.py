@@ -26,7 +26,9 @@ class Tied(nn.Module):
         self.lm_head.weight = self.emb.weight
 
 
-def names(model: nn.Module, include: str = "**", exclude: tuple[str, ...] = (), kinds: tuple[str, ...] = KINDS) -> list[str]:
+def names(
+    model: nn.Module, include: str = "**", exclude: tuple[str, ...] = (), kinds: tuple[str, ...] = KINDS
+) -> list[str]:
     selection = select(model, Patterns([include], exclude), kinds)
     return [entry.name for entry in selection.modules] + [entry.name for entry in selection.parameters]
 
@@ -118,7 +120,9 @@ def test_a_glob_without_a_match_is_refused_with_the_nearest_names() -> None:
     """A misspelt glob is told with the nearest names of the model."""
     with pytest.raises(SelectionError, match=re.escape("include='lm_haed' matches no name; nearest: 'lm_head'")):
         check_selection(Tied(), Patterns(["lm_haed"]), KINDS)
-    with pytest.raises(SelectionError, match=re.escape("include='transformer.*' matches no name; the model has 'Tied', 'emb'")):
+    with pytest.raises(
+        SelectionError, match=re.escape("include='transformer.*' matches no name; the model has 'Tied', 'emb'")
+    ):
         check_selection(Tied(), Patterns(["emb", "transformer.*"]), KINDS)
     with pytest.raises(SelectionError, match="nearest: 'body'"):
         check_selection(Tied(), Patterns(["BODY.*"]), KINDS)
