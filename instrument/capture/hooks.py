@@ -60,11 +60,13 @@ class PassListener(Protocol):
 class ForwardPass:
     """What one forward pass of the root yielded so far, with the activation gradients that followed it."""
 
-    __slots__ = ("complete", "has_gradient", "is_old", "taken", "ungraded")
+    __slots__ = ("complete", "has_gradient", "in_backward", "step", "taken", "ungraded")
 
-    def __init__(self) -> None:
-        self.is_old = False
-        """Whether a step ended while this pass was waiting for its backward."""
+    def __init__(self, in_backward: bool = False) -> None:
+        self.in_backward = in_backward
+        """Whether the pass is a recomputation whose first pass was not recorded."""
+        self.step: int | None = None
+        """The step that first looked at the pass when that was complete."""
         self.complete = False
         """Whether the root's forward ended without an exception."""
         self.has_gradient: bool | None = False
@@ -246,12 +248,25 @@ class Taps:
             handle.remove()
         self._handles.clear()
 
-    def collect(self) -> list[tuple[Site, Any]]:
-        """What was measured in training passes since the last call, in the order of execution.
+    def collect(self, step: int) -> list[tuple[Site, Any]]:
+        """What training passes yielded for a step since the last call, in the order of execution.
 
         A pass counts when gradients flowed back through its output. Where that happened to none, as when the
-        output is a view that was changed in place and so lost its hooks, every complete pass counts.
+        output is a view that was changed in place and so lost its hooks, every complete pass counts. A pass that
+        has no backward by the next step will not get one.
+
+        Args:
+            step: Number of the step whose optimizer asks; passes that an earlier one asked for are dropped.
+
+        Returns:
+            Site and what `take` gave for it.
         """
+        if not self._waiting and not self._loose.taken:
+            return []
+        for forward in self._waiting:
+            if forward.complete and forward.step is None:
+                forward.step = step
+        self._waiting = [forward for forward in self._waiting if forward.step is None or forward.step >= step]
         complete = [forward for forward in self._waiting if forward.complete]
         confirmed = [forward for forward in complete if forward.has_gradient is not False] or complete
         taken: list[tuple[Site, Any]] = []
@@ -260,29 +275,27 @@ class Taps:
             forward.taken = []
         return taken
 
-    def forget(self) -> None:
-        """The step is over: passes that are without a backward for the second time will not get one."""
-        self._waiting = [f for f in self._waiting if f.has_gradient is False and not f.is_old]
-        for forward in self._waiting:
-            forward.is_old = True
-        self._loose = _loose_pass()
-        self.in_backward_of = None
+    def step_ended(self) -> None:
+        """A step is over; backward passes are counted anew."""
         self.backwards = 0
-        for handle in self._leaf_handles:
-            handle.remove()
-        self._leaf_handles.clear()
+        if not in_backward():
+            self.in_backward_of = None
+            for handle in self._leaf_handles:
+                handle.remove()
+            self._leaf_handles.clear()
 
     def close(self) -> None:
         """Take every hook off the model."""
         self.leave_root()
         self.detach()
-        self.forget()
+        self.step_ended()
         self._waiting.clear()
         self._open.clear()
 
     def root_starts(self, module: nn.Module) -> None:
         """The root is called: decide whether to capture, and open a pass if so."""
-        if in_backward() or in_functorch() or is_tracing():
+        recomputes = in_backward()
+        if in_functorch() or is_tracing() or (recomputes and self.in_backward_of is not None):
             return
         thread = threading.get_ident()
         self._open.pop(thread, None)  # the last forward of this thread ended in an exception
@@ -293,7 +306,9 @@ class Taps:
         elif not self._open:
             self.detach()
         if training:
-            self._open[thread] = forward = ForwardPass()
+            # In backward without a pass that it belongs to: the root itself is under reentrant checkpointing, and
+            # its first pass ran without gradients.
+            self._open[thread] = forward = ForwardPass(recomputes)
             self._waiting = [*self._waiting[1 - WAITING_PASSES :], forward]
 
     def root_ends(self, output: Any) -> None:
@@ -302,7 +317,10 @@ class Taps:
         if forward is None:
             return
         forward.complete = True
-        forward.has_gradient = None
+        forward.has_gradient = True if forward.in_backward else None
+        if forward.in_backward:
+            self.backwards += 1
+            return
         try:
             for _, tensor in named_tensors(output):
                 if tensor.requires_grad:
@@ -324,10 +342,10 @@ class Taps:
             if in_functorch() or is_tracing():
                 return
             self.called.add(name)
-            if in_backward():
+            forward = self._open.get(threading.get_ident())
+            if in_backward() and (forward is None or not forward.in_backward):
                 self._hook_recomputed(name, output)
                 return
-            forward = self._open.get(threading.get_ident())
             if forward is None:
                 if not (module.training and torch.is_grad_enabled()):
                     return

@@ -90,7 +90,8 @@ class StepClock:
         self._owners: dict[int, _Owner] = {}
         self._identities: frozenset[int] = frozenset()
         self._has_owner = False
-        self._has_adopted = False
+        self.has_adopted = False
+        """Whether the clock is a foreign optimizer, which holds none of the model's own parameters."""
         self._version: int | None = None
 
     def start(self) -> None:
@@ -103,8 +104,8 @@ class StepClock:
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether an optimizer that counts was ever seen to step."""
-        return self._has_owner or self._has_adopted
+        """Whether there is an optimizer that counts: one that was given, or was seen to step."""
+        return self._only is not None or self._has_owner or self.has_adopted
 
     @property
     def is_stepping(self) -> bool:
@@ -244,13 +245,13 @@ class StepClock:
             return
         owner.sightings += 1
         if owner.sightings == 2:
-            owner.relevant = self._has_adopted = True
+            owner.relevant = self.has_adopted = True
             owner.count = self.step = max(self.step, self._initial_step + 2)
 
     def _drop_adopted(self) -> None:
         """Forget foreign optimizers: one that holds the model's own parameters has turned up."""
-        if self._has_adopted:
-            self._has_adopted = False
+        if self.has_adopted:
+            self.has_adopted = False
             for owner in self._owners.values():
                 owner.relevant = False
 

@@ -80,6 +80,10 @@ class Buffer:
         if len(parts) > MERGE_AFTER:
             parts[:] = [merge_all(parts)]
 
+    def discard(self, site: Site) -> None:
+        """Forget what the step has of this site."""
+        self._parts.pop(site, None)
+
     def has(self, site: Site) -> bool:
         """Whether the step has a sketch of this site."""
         return site in self._parts

@@ -81,7 +81,7 @@ class Session:
         self._sites: tuple[Site, ...] = ()
         self._outputs: dict[Site, dict[Site, None]] = {}
         self._selected_for: int | None = None
-        self._starts: set[int] = set()
+        self._running: set[int] = set()
         self._silent_backwards = 0
         self._are_calls_checked = False
         self._parameters = Parameters()
@@ -174,12 +174,16 @@ class Session:
             if self.buffer.step is not None and self.buffer.step < index:
                 self._close_record()
             if not self.is_sampled(index) or index < (self.buffer.step or 0):
+                self.taps.collect(index)  # what another optimizer's step had captured is of no use to this one
                 return
-            if id(optimizer) in self._starts:  # its last step raised before it ended
+            if id(optimizer) in self._running:  # its last step raised before it ended
                 self._drop_record()
             self._open_record(index)
-            self._starts.add(id(optimizer))
-            pairs = self._parameters.of(optimizer)
+            pairs = self._pairs_of(optimizer)
+            if self._running:  # a wrapper's step is running; the gradients that count are those used inside
+                for name, _ in pairs:
+                    self.buffer.discard(Site("gradients", name))
+            self._running.add(id(optimizer))
             if "updates" in self._kinds:
                 self._parameters.remember(pairs)
             if not closure:
@@ -194,17 +198,23 @@ class Session:
             return
         try:
             self._silent_backwards = 0
-            if self.buffer.step == index and self.is_sampled(index):
-                pairs = self._parameters.of(optimizer)
+            if self.buffer.step == index and id(optimizer) in self._running:
+                self._running.discard(id(optimizer))
+                pairs = self._pairs_of(optimizer)
                 if closure:
                     self._take_passes()
                     self._take_all(self._parameters.gradients(pairs))
-                self._take_all(self._parameters.updates(pairs))
-                self._take_all(self._parameters.values(pairs))
-                self._starts.discard(id(optimizer))
+                if not self._running and not self.clock.has_adopted:
+                    self._take_all(self._parameters.updates(pairs))
+                    self._take_all(self._parameters.values(pairs))
+            self.taps.step_ended()
             self._prepare()
         except Exception as error:
             self.failed("the optimizer's step", error)
+
+    def _pairs_of(self, optimizer: Optimizer) -> _Pairs:
+        """The parameters that an optimizer is about; a foreign one holds copies of all."""
+        return self._parameters.of(None if self.clock.has_adopted else optimizer)
 
     # Steps that end otherwise.
 
@@ -216,10 +226,12 @@ class Session:
         ended = self.clock.advance(step)
         if not inferred and (self.is_sampled(expected) or self.buffer.step is not None):
             self._open_record(expected)
+            self._take_passes()
             self._take_what_is_there()
         if self.buffer.step is not None:
             self.buffer.step = ended
         self.settle()
+        self.taps.step_ended()
         self._prepare()
 
     def settle(self, lenient: bool = True) -> None:
@@ -281,8 +293,10 @@ class Session:
         ended = self.clock.step - 1
         if self.is_sampled(ended):
             self._open_record(ended)
+            self._take_passes()
             self._take_what_is_there()
             self._close_record()
+        self.taps.step_ended()
         self._prepare()
 
     def _are_gradients_gone(self) -> bool:
@@ -306,23 +320,22 @@ class Session:
         ]
         self._take_all(self._parameters.values(pairs))
         record = self.buffer.close()
-        self.taps.forget()
-        self._starts.clear()
+        self._running.clear()
         self._check_calls()
         if record is not None and step is not None:
             self._emit(record, True, self.has_histograms(step))
 
     def _drop_record(self) -> None:
         self.buffer.drop()
-        self._starts.clear()
+        self._running.clear()
 
     def _take_passes(self) -> None:
-        for site, sketch in self.taps.collect():
+        assert self.buffer.step is not None
+        for site, sketch in self.taps.collect(self.buffer.step):
             self.buffer.add(site, sketch)
 
     def _take_what_is_there(self) -> None:
-        """Passes, gradients and parameters, where no optimizer says which are its own."""
-        self._take_passes()
+        """Gradients and parameters, where no optimizer says which are its own."""
         pairs = self._parameters.of()
         self._take_all(
             (site, gradient) for site, gradient in self._parameters.gradients(pairs) if not self.buffer.has(site)
