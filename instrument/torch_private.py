@@ -11,6 +11,9 @@
 | keep Dynamo from compiling a hook's frame | `torch._dynamo.eval_frame.skip_code` | hooks may be traced; the guard inside them still ends them |
 | "is this a fake tensor?" | `torch._subclasses.fake_tensor.is_fake` | judged by the name of its class |
 | is an outer `step()` of an optimizer still running? | code of the wrapper that `Optimizer.profile_hook_step` makes | an outer call that raised is taken to run on until its optimizer steps again |
+| children and parameters of a module, without computing | `Module._modules`, `Module._parameters` | (older than all versions we support) |
+| how often a tensor was changed in place | `Tensor._version` | (older than all versions we support) |
+| hooks of the user's on a parameter | `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks` | (the second: none) |
 | our own writer behind torch's | `SummaryWriter._get_file_writer` | torch's slow writer is used; see `instrument.record.writer` |
 
 Why hiding matters: an operation of ours that selective activation checkpointing can see shifts its count of
@@ -30,13 +33,17 @@ import torch
 __all__ = [
     "Unseen",
     "can_hide",
+    "children_of",
+    "has_hooks",
     "in_backward",
     "in_functorch",
     "is_fake",
     "is_tracing",
+    "parameters_of",
     "skip_code",
     "step_frame_is_live",
     "step_frame_number",
+    "version_of",
 ]
 
 
@@ -86,6 +93,26 @@ def is_tracing() -> bool:
 def can_hide() -> bool:
     """Whether operations done now can be hidden from the dispatch modes that are active now."""
     return _disable_modes is not None or _modes_active is None or _modes_active() == 0
+
+
+def children_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The children of a module under their names."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
+def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """The module's own dictionary of parameters; reading its attributes may compute, as under `spectral_norm`."""
+    return module._parameters
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; changes through ``.data`` do not count."""
+    return tensor._version
+
+
+def has_hooks(tensor: torch.Tensor) -> bool:
+    """Whether somebody has registered a hook on a tensor."""
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -64,7 +64,7 @@ def test_losses_parameters_and_random_state_are_bit_identical(
     def run(watched: bool) -> tuple[list[float], dict[str, torch.Tensor], torch.Tensor]:
         torch.manual_seed(7)
         random.seed(7)
-        np.random.seed(7)  # noqa: NPY002  # the global state is what must not be touched
+        np.random.seed(7)  # the global state is what must not be touched
         model = MAKERS[make](dtype)
         chosen = OPTIMIZERS[optimizer](model)
         watcher = None
@@ -72,7 +72,7 @@ def test_losses_parameters_and_random_state_are_bit_identical(
             watcher = instrument.watch(model, kinds=KINDS, interval=1, logdir=tmp_path, strict=True)
         losses = train(model, chosen, 50)
         state = model.state_dict()
-        randomness = torch.cat((torch.get_rng_state().float(), torch.tensor([random.random(), np.random.rand()])))  # noqa: NPY002
+        randomness = torch.cat((torch.get_rng_state().float(), torch.tensor([random.random(), np.random.rand()])))
         if watcher is not None:
             assert len(watcher.history) == 50
             watcher.close()

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,12 +47,15 @@ def test_the_whole_list_of_events_of_a_small_training(tmp_path: Path) -> None:
     expected |= {f"Gradients.log10/{name}": with_last for name in parameters}
     assert histograms == expected
 
-    statistics = ("rms", "mean", "std", "abs_max", "zero_fraction")
     every, with_last = [0, 2, 4, 6], [0, 2, 4, 6, 7]
-    tags = {f"{section}.{s}/{name}": every for section in ("Activations", "ActivationGradients") for name in modules for s in statistics}  # fmt: skip
-    tags |= {f"Updates.{s}/{name}": every for name in parameters for s in statistics}
-    tags |= {f"{section}.{s}/{name}": with_last for section in ("Parameters", "Gradients") for name in parameters for s in statistics}  # fmt: skip
-    assert {tag: list(values) for tag, values in scalars.items()} == tags
+    expected = {}
+    for statistic in ("rms", "mean", "std", "abs_max", "zero_fraction"):
+        for section in ("Activations", "ActivationGradients"):
+            expected |= {f"{section}.{statistic}/{name}": every for name in modules}
+        for section in ("Parameters", "Gradients"):
+            expected |= {f"{section}.{statistic}/{name}": with_last for name in parameters}
+        expected |= {f"Updates.{statistic}/{name}": every for name in parameters}
+    assert {tag: list(values) for tag, values in scalars.items()} == expected
 
 
 def test_values_are_those_of_the_training(tmp_path: Path) -> None:
@@ -60,7 +64,7 @@ def test_values_are_those_of_the_training(tmp_path: Path) -> None:
     optimizer = sgd(model, lr=0.5)
     watcher = instrument.watch(model, kinds=KINDS, interval=1, logdir=tmp_path, strict=True)
     truth = []
-    weight = model[0].weight
+    weight: Any = model[0].weight
     for step in range(4):
         optimizer.zero_grad()
         before = weight.detach().clone()
@@ -320,8 +324,8 @@ class TestWriters:
                 self.scalars.append((tag, scalar_value, global_step))
 
             def add_histogram_raw(
-                self, tag: str, min: float, max: float, num: float, sum: float, sum_squares: float,
-                bucket_limits: list[float], bucket_counts: list[float], global_step: int,
+                self, tag: str, *, num: float, bucket_limits: list[float], bucket_counts: list[float],
+                global_step: int, **_: object,
             ) -> None:  # fmt: skip
                 assert len(bucket_limits) == len(bucket_counts)
                 self.histograms.append((tag, num, global_step))
@@ -430,7 +434,8 @@ class TestLife:
             def hook(gradient: torch.Tensor) -> None:
                 assert model is not None
 
-            model[0].weight.register_hook(hook)
+            weight: Any = model[0].weight
+            weight.register_hook(hook)
             instrument.watch(model, interval=1, logdir=tmp_path, strict=True)
             train(model, sgd(model), 2)
             return weakref.ref(model)

@@ -12,6 +12,7 @@ from torch import nn
 
 from instrument.capture.patterns import Patterns
 from instrument.errors import SelectionError
+from instrument.torch_private import children_of, parameters_of
 
 __all__ = [
     "ModuleEntry",
@@ -70,7 +71,7 @@ class ParameterEntry:
         if self.kept is not None:
             return self.kept.get(self.attribute)
         owner = self.owner()
-        return owner._parameters.get(self.attribute) if owner is not None else None
+        return parameters_of(owner).get(self.attribute) if owner is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,7 @@ def named_modules(model: nn.Module) -> list[ModuleEntry]:
 def _walk(module: nn.Module, name: str, above: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules, depth first; a module that holds itself is not entered again."""
     yield name, module
-    children = [(key, child) for key, child in module._modules.items() if child is not None]
+    children = children_of(module)
     for key, child in children:
         if child is module or any(child is parent for parent in above):
             continue
@@ -134,7 +135,7 @@ def named_parameters(modules: Iterable[ModuleEntry]) -> Iterator[tuple[Parameter
     for entry in modules:
         prefix = "" if entry.is_root else entry.name + "."
         for owner in _with_wrapped(entry.module):
-            for attribute, parameter in owner._parameters.items():
+            for attribute, parameter in parameters_of(owner).items():
                 if parameter is not None:
                     yield ParameterEntry(prefix + attribute, weakref.ref(owner), attribute), parameter
 
@@ -142,9 +143,9 @@ def named_parameters(modules: Iterable[ModuleEntry]) -> Iterator[tuple[Parameter
 def _with_wrapped(module: nn.Module) -> Iterator[nn.Module]:
     """A module and, where it is a wrapper, what it wraps: the parameters are there, under the same name."""
     yield module
-    while len(module._modules) == 1:
-        key, child = next(iter(module._modules.items()))
-        if key not in WRAPPER_PARTS or child is None or child is module:
+    while len(children := children_of(module)) == 1:
+        ((key, child),) = children
+        if key not in WRAPPER_PARTS or child is module:
             return
         yield child
         module = child

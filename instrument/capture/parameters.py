@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from instrument.capture.names import ParameterEntry, Site
-from instrument.torch_private import Unseen
+from instrument.torch_private import Unseen, has_hooks, parameters_of
 
 __all__ = ["UPDATE_SAMPLE", "Parameters"]
 
@@ -113,13 +113,13 @@ def _sample(parameter: torch.Tensor) -> torch.Tensor:
 def _kept(entry: ParameterEntry) -> ParameterEntry:
     """The entry with a hold on its owner's dictionary, unless a parameter in that leads elsewhere."""
     owner = entry.owner()
-    if owner is None or any(_leads_elsewhere(p) for p in owner._parameters.values() if p is not None):
+    if owner is None or any(_leads_elsewhere(p) for p in parameters_of(owner).values() if p is not None):
         return entry
-    return dataclasses.replace(entry, kept=owner._parameters)
+    return dataclasses.replace(entry, kept=parameters_of(owner))
 
 
 def _leads_elsewhere(parameter: torch.nn.Parameter) -> bool:
     """Whether objects of the user's hang on a parameter: hooks, or attributes of any kind."""
-    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-        return True
-    return not all(isinstance(value, (bool, int, float, str, type(None))) for value in vars(parameter).values())
+    return has_hooks(parameter) or not all(
+        isinstance(value, (bool, int, float, str, type(None))) for value in vars(parameter).values()
+    )

@@ -25,7 +25,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from instrument.torch_private import step_frame_is_live, step_frame_number
+from instrument.torch_private import step_frame_is_live, step_frame_number, version_of
 
 __all__ = ["StepClock", "StepListener"]
 
@@ -150,7 +150,7 @@ class StepClock:
         """
         if self.manual or self.has_optimizer or self.is_stepping:
             return False
-        versions = [parameter._version for parameter in self._parameters() if parameter.requires_grad]
+        versions = [version_of(parameter) for parameter in self._parameters() if parameter.requires_grad]
         if not versions:  # nothing to train, or the model is gone
             return False
         version = sum(versions)

@@ -23,37 +23,12 @@ import numpy.typing as npt
 import torch
 
 from instrument.errors import ConfigError
+from instrument.measure.histogram import CODES, INF_CODE, CodeCounts, FloatArray, IntArray, histogram, log10_histogram
 
-__all__ = ["CODES", "MOMENTS", "Sketch", "empty_moments"]
-
-CODES = 4096
-"""Number of codes: sign, 8 exponent bits and 3 mantissa bits of a float32."""
+__all__ = ["CODES", "MOMENTS", "FloatArray", "IntArray", "Sketch", "empty_moments", "merge_all"]
 
 MOMENTS = 5
 """Entries of a vector of moments: count, sum, sum of squares, minimum, maximum of the finite values."""
-
-HISTOGRAM_BUCKETS = 64
-LOG10_BUCKETS = 48
-
-_SIGN = 2048
-_INF = 0x7F8
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-
-
-def _edges_of_codes() -> tuple[FloatArray, FloatArray]:
-    """Lower and upper bound of the magnitudes in each of the 2040 finite codes without sign."""
-    bits = np.arange(_INF + 1, dtype=np.uint32) << np.uint32(20)
-    bounds = bits.view(np.float32).astype(np.float64)
-    low, high = bounds[:-1].copy(), bounds[1:].copy()
-    low[0] = high[0] = low[1] = 0.0
-    high[-1] = _FLOAT32_MAX
-    return low, high
-
-
-_LOW, _HIGH = _edges_of_codes()
 
 
 def empty_moments() -> FloatArray:
@@ -132,7 +107,7 @@ class Sketch:
     @functools.cached_property
     def count(self) -> int:
         """Number of finite values."""
-        return int(self._finite.sum())
+        return int(self.counts[(self.codes & 0x7FF) < INF_CODE].sum())
 
     @property
     def mean(self) -> float:
@@ -193,12 +168,12 @@ class Sketch:
     @property
     def nan_count(self) -> int:
         """Number of NaN."""
-        return int(self.counts[(self.codes & 0x7FF) > _INF].sum())
+        return int(self.counts[(self.codes & 0x7FF) > INF_CODE].sum())
 
     @property
     def inf_count(self) -> int:
         """Number of positive and negative infinities."""
-        return int(self.counts[(self.codes & 0x7FF) == _INF].sum())
+        return int(self.counts[(self.codes & 0x7FF) == INF_CODE].sum())
 
     def quantile(self, q: float) -> float:
         """Value below which a share of the finite values lies.
@@ -224,7 +199,7 @@ class Sketch:
             raise ConfigError(f"q is {q!r}, allowed is a share from 0 to 1")
         if not self.count:
             return math.nan
-        places, below = self._distribution()
+        places, below = self._finite_counts().distribution(self.low, self.high)
         return float(np.interp(q * below[-1], below, places))
 
     def underflow_fraction(self, dtype: torch.dtype) -> float:
@@ -246,7 +221,7 @@ class Sketch:
         nonzero = self.count - self.zero_count
         if not nonzero:
             return 0.0 if self.count else math.nan
-        return self._count_below(info.tiny * info.eps / 2) / nonzero
+        return self._finite_counts().below(info.tiny * info.eps / 2) / nonzero
 
     def overflow_fraction(self, dtype: torch.dtype) -> float:
         """Share of the finite values that would leave the range of a narrower type.
@@ -269,7 +244,7 @@ class Sketch:
             return math.nan
         half_unit = info.eps * 2.0 ** math.floor(math.log2(info.max)) / 2
         nonzero = count - self.zero_count
-        return (nonzero - self._count_below(info.max + half_unit)) / count
+        return (nonzero - self._finite_counts().below(info.max + half_unit)) / count
 
     def histogram(self) -> tuple[IntArray, FloatArray]:
         """Counts and edges as TensorBoard is given them: at most 65 buckets, narrow near zero.
@@ -289,27 +264,7 @@ class Sketch:
             >>> int(counts[0]), float(edges[0]), float(edges[-1])
             (2, 0.0, 2.0)
         """
-        if not self.count:
-            return np.empty(0, np.int64), np.zeros(1)
-        if self.low == self.high:
-            return np.array([self.count]), np.array([self.low, self.high])
-        u = np.arange(1, HISTOGRAM_BUCKETS // 2) / (HISTOGRAM_BUCKETS // 2)
-        inner = u**3 * self.abs_max
-        zeros = self.zero_count
-        zero_edges = [0.0, 0.0] if zeros else [0.0]
-        edges = np.concatenate((-inner[::-1], zero_edges, inner))
-        inside = (edges > self.low) & (edges < self.high)
-        edges = edges[inside | (edges == 0.0)] if zeros else edges[inside]
-        if not zeros or self.low < 0.0:
-            edges = np.concatenate(([self.low], edges))
-        if not zeros or self.high > 0.0:
-            edges = np.concatenate((edges, [self.high]))
-        places, below = self._distribution()
-        cumulative = np.interp(edges, places, below)
-        if zeros:
-            cumulative[np.searchsorted(edges, 0.0)] = self._negative_count
-        cumulative[0] = 0.0
-        return np.diff(np.rint(cumulative)).astype(np.int64), edges
+        return histogram(self._finite_counts(), self.low, self.high)
 
     def log10_histogram(self) -> tuple[IntArray, FloatArray]:
         """Counts and edges of log10 of the magnitudes of the finite values that are not zero.
@@ -321,59 +276,11 @@ class Sketch:
             Counts, integers of shape (n,), and edges, float64 of shape (n + 1,), evenly spaced. Without such a
             value: no bucket, and one edge at 0.
         """
-        magnitudes, counts = self._magnitudes()
-        if not counts.size:
-            return np.empty(0, np.int64), np.zeros(1)
-        smallest = 2.0**-149
-        left = np.log10(np.maximum(_LOW[magnitudes], smallest))
-        right = np.log10(_HIGH[magnitudes])
-        right[-1] = math.log10(self.abs_max)
-        right = np.maximum(right, left)
-        below = np.concatenate(([0], np.cumsum(counts))).astype(np.float64)
-        if left[0] == right[-1]:
-            return np.array([int(below[-1])]), np.array([left[0], right[-1]])
-        edges = np.linspace(left[0], right[-1], LOG10_BUCKETS + 1)
-        cumulative = np.interp(edges, _interleave(left, right), np.repeat(below, 2)[1:-1])
-        cumulative[0] = 0.0
-        return np.diff(np.rint(cumulative)).astype(np.int64), edges
+        return log10_histogram(self._finite_counts(), self.low, self.high)
 
-    @property
-    def _finite(self) -> IntArray:
-        return self.counts[(self.codes & 0x7FF) < _INF]
-
-    @property
-    def _negative_count(self) -> int:
-        return int(self.counts[(self.codes > _SIGN) & (self.codes < _SIGN + _INF)].sum())
-
-    def _magnitudes(self) -> tuple[npt.NDArray[np.intp], IntArray]:
-        """Codes without sign of the finite values that are not zero, rising, and how often each occurs."""
-        bare = (self.codes & 0x7FF).astype(np.intp)
-        wanted = (bare > 0) & (bare < _INF)
-        counts = np.bincount(bare[wanted], self.counts[wanted], minlength=1)
-        present = np.flatnonzero(counts)
-        return present, counts[present].astype(np.int64)
-
-    def _count_below(self, threshold: float) -> float:
-        """How many non-zero finite values have a magnitude below the threshold."""
-        magnitudes, counts = self._magnitudes()
-        low, high = _LOW[magnitudes], _HIGH[magnitudes]
-        return float((counts * np.clip((threshold - low) / (high - low), 0.0, 1.0)).sum())
-
-    def _distribution(self) -> tuple[FloatArray, FloatArray]:
-        """Knots of the cumulative distribution: places, and how many finite values lie at or below each."""
-        bare = self.codes & 0x7FF
-        finite = bare < _INF
-        codes, counts, bare = self.codes[finite], self.counts[finite], bare[finite].astype(np.intp)
-        split = int(np.searchsorted(codes, _SIGN))
-        order = np.concatenate((np.arange(len(codes) - 1, split - 1, -1), np.arange(split)))
-        negative = codes >= _SIGN
-        left = np.where(negative, -_HIGH[bare], _LOW[bare])[order]
-        right = np.where(negative, -_LOW[bare], _HIGH[bare])[order]
-        left[0], right[-1] = self.low, self.high
-        left = np.clip(left, self.low, self.high)
-        right = np.clip(right, self.low, self.high)
-        below = np.concatenate(([0], np.cumsum(counts[order]))).astype(np.float64)
-        return _interleave(left, right), np.repeat(below, 2)[1:-1]
+    def _finite_counts(self) -> CodeCounts:
+        finite = (self.codes & 0x7FF) < INF_CODE
+        return CodeCounts(self.codes[finite], self.counts[finite])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sketch):
@@ -428,10 +335,6 @@ def merge_all(sketches: Iterable[Sketch]) -> Sketch:
 def _nonzero(counts: IntArray) -> npt.NDArray[np.intp]:
     """Where counts are not zero; by way of bool, which NumPy searches four times faster than integers."""
     return counts.astype(np.bool_).nonzero()[0]
-
-
-def _interleave(left: FloatArray, right: FloatArray) -> FloatArray:
-    return np.stack((left, right), axis=1).ravel()
 
 
 def _float_info(dtype: torch.dtype) -> torch.finfo:

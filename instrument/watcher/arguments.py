@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -11,7 +12,18 @@ from torch import nn
 from instrument.config import Config, ConfigSource, as_interval, load_config
 from instrument.errors import ConfigError, SelectionError
 
-__all__ = ["EVERYTHING", "FIRST", "NOTHING", "OUTSIDE", "USUAL_KINDS", "check_model", "check_optimizer", "settings"]
+__all__ = [
+    "EVERYTHING",
+    "FIRST",
+    "NOTHING",
+    "OUTSIDE",
+    "USUAL_KINDS",
+    "check_directory",
+    "check_model",
+    "check_optimizer",
+    "check_step",
+    "settings",
+]
 
 
 class _Default(str):
@@ -69,6 +81,19 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is {model!r}, allowed is a torch.nn.Module")
+
+
+def check_directory(directory: object) -> str | None:
+    """A directory as a text, or None where none was given.
+
+    Raises:
+        ConfigError: It is no path.
+    """
+    if directory is None:
+        return None
+    if not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory):
+        raise ConfigError(f"logdir is {directory!r}, allowed is a path")
+    return str(os.fspath(directory))
 
 
 def check_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:

@@ -25,18 +25,18 @@ from instrument.capture.parameters import Parameters
 from instrument.capture.patterns import Patterns
 from instrument.capture.steps import StepClock
 from instrument.config import Config
-from instrument.errors import UnmeasurableError, warn_quietly
+from instrument.errors import UnmeasurableError
 from instrument.measure.custom_op import measure
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import Buffer, StepRecord
 from instrument.torch_private import Unseen
+from instrument.watcher.notices import Notices, place_of
 
 __all__ = ["Session"]
 
 Optimizer: TypeAlias = torch.optim.Optimizer
 _Pairs: TypeAlias = "list[tuple[str, nn.Parameter]]"
 
-NAMES_IN_A_NOTICE = 12
 PATIENCE = 3
 """Backward passes whose gradients vanish without a step being seen, before that is said."""
 
@@ -65,9 +65,8 @@ class Session:
         strict: bool,
     ) -> None:
         self.buffer = Buffer(config.history)
-        self.notices: list[str] = []
+        self.notices = Notices(strict)
         """What could not be observed, and why."""
-        self._told: set[str] = set()
         self._model = weakref.ref(model)
         self._pid = os.getpid()
         self._kinds = config.kinds
@@ -76,8 +75,6 @@ class Session:
         self._patterns = patterns
         self._emit = emit
         self._initial_step = initial_step
-        self._strict = strict
-        self._broken: set[str] = set()
         self._sites: tuple[Site, ...] = ()
         self._outputs: dict[Site, dict[Site, None]] = {}
         self._selected_for: int | None = None
@@ -111,7 +108,7 @@ class Session:
 
     def forward_starts(self, training: bool) -> bool:
         """The root is called; returns whether modules are to be captured in this pass."""
-        if self._is_elsewhere():
+        if self.is_elsewhere():
             return False
         try:
             if training:
@@ -129,21 +126,17 @@ class Session:
 
     def wants(self, site: Site) -> bool:
         """Whether this site is watched."""
-        return (
-            site.kind in self._kinds
-            and self._patterns.match(site.name)
-            and not (self._broken and self._broken.intersection((site.name, site.name.partition("[")[0], _place(site))))
-        )
+        return site.kind in self._kinds and self._patterns.match(site.name) and not self.notices.is_broken(site)
 
     def take(self, site: Site, tensor: torch.Tensor) -> Sketch | None:
         """Measure a tensor; None where that cannot be done."""
         try:
             sketch = measure(tensor)
         except UnmeasurableError as error:
-            self.notice(f"{_place(site)} are not measured: {error}")
+            self.notices.say(f"{place_of(site)} are not measured: {error}")
             return None
         except Exception as error:
-            self.failed(_place(site), error)
+            self.failed(place_of(site), error)
             return None
         base, bracket, _ = site.name.partition("[")
         if bracket:
@@ -152,23 +145,13 @@ class Session:
 
     def failed(self, place: str, error: Exception) -> None:
         """Tell of a fault of ours; raise it in strict mode."""
-        if self._strict:
-            raise error
-        self._broken.add(place)
-        self.notice(f"{place}: this library failed with {type(error).__name__}: {error}; it is left out from now on")
-
-    def notice(self, text: str) -> None:
-        """Say once what could not be observed."""
-        if text not in self._told:
-            self._told.add(text)
-            self.notices.append(text)
-            warn_quietly(text, stacklevel=3)
+        self.notices.failed(place, error)
 
     # What the clock tells.
 
     def step_starts(self, optimizer: Optimizer, index: int, closure: bool) -> None:
         """An optimizer is about to make a step: its gradients are ready, unless it got a closure."""
-        if self._is_elsewhere():
+        if self.is_elsewhere():
             return
         try:
             if self.buffer.step is not None and self.buffer.step < index:
@@ -194,7 +177,7 @@ class Session:
 
     def step_ends(self, optimizer: Optimizer, index: int, closure: bool) -> None:
         """An optimizer has made a step: its parameters have their new values."""
-        if self._is_elsewhere():
+        if self.is_elsewhere():
             return
         try:
             self._silent_backwards = 0
@@ -222,7 +205,7 @@ class Session:
         """End a step by hand."""
         expected, inferred = self.clock.step, self.clock.step > self._initial_step and not self.clock.manual
         if step is not None and step < expected - inferred:
-            self.notice(f"step({step}) was called after step {expected - 1 - inferred}: counted on from there")
+            self.notices.say(f"step({step}) was called after step {expected - 1 - inferred}: counted on from there")
         ended = self.clock.advance(step)
         if not inferred and (self.is_sampled(expected) or self.buffer.step is not None):
             self._open_record(expected)
@@ -249,7 +232,7 @@ class Session:
     def close(self) -> None:
         """Log the last step where that was not done, and take every hook off."""
         try:
-            if not self._is_elsewhere():
+            if not self.is_elsewhere():
                 self.settle()
                 self._log_last_step()
         except Exception as error:
@@ -282,7 +265,7 @@ class Session:
                 self._silent_backwards += 1
                 self.taps.backwards = 0
             if self._silent_backwards == PATIENCE:
-                self.notice(
+                self.notices.say(
                     f"no optimizer step was seen in {PATIENCE} backward passes, so no step is counted: call "
                     "watcher.step() at the end of each step, or give optimizer= to watch()"
                 )
@@ -387,22 +370,9 @@ class Session:
         if self._are_calls_checked or "activations" not in self._kinds:
             return
         self._are_calls_checked = True
-        missing = [
-            site.name for site in self._sites if site.kind == "activations" and site.name not in self.taps.called
-        ]
-        if missing:
-            names = ", ".join(missing[:NAMES_IN_A_NOTICE])
-            more = len(missing) - NAMES_IN_A_NOTICE
-            self.notice(
-                f"never called in the first sampled step, so without activations: {names}"
-                f"{f' and {more} more' if more > 0 else ''}; a parent that uses their weights itself, or "
-                "model.forward() instead of model(), passes them by"
-            )
+        selected = [site.name for site in self._sites if site.kind == "activations"]
+        self.notices.never_called(name for name in selected if name not in self.taps.called)
 
-    def _is_elsewhere(self) -> bool:
+    def is_elsewhere(self) -> bool:
         """Whether this is a process that was forked from the one that watches."""
         return os.getpid() != self._pid
-
-
-def _place(site: Site) -> str:
-    return f"{site.kind} of {site.name}"

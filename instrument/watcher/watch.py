@@ -25,6 +25,7 @@ from instrument.watcher.arguments import (
     NOTHING,
     OUTSIDE,
     USUAL_KINDS,
+    check_directory,
     check_model,
     check_optimizer,
     check_step,
@@ -118,10 +119,11 @@ def watch(
     patterns = Patterns(chosen.include, chosen.exclude)
     _, notes = check_selection(model, patterns, chosen.kinds)
     sink = sink_for(writer) if writer is not None else None
+    directory = check_directory(logdir)
     _close_earlier(model)
     if sink is None:
         try:
-            directory = os.fspath(logdir) if logdir is not None else str(make_run_directory(chosen.runs_directory))
+            directory = directory or str(make_run_directory(chosen.runs_directory))
             writer = SummaryWriter(directory, purge_step=first_step)
         except (OSError, RunError) as error:
             warn_quietly(f"{error}; training goes on unwatched")
@@ -198,7 +200,7 @@ class Watcher:
         try:
             self._session = Session(model, self.config, patterns, self._emit, optimizer, initial_step, strict)
             for note in notes:
-                self._session.notice(note)
+                self._session.notices.say(note)
             self._session.open()
         except BaseException:
             self.close()
@@ -240,7 +242,7 @@ class Watcher:
     @property
     def notices(self) -> tuple[str, ...]:
         """What could not be observed, and why; each was warned of once."""
-        return tuple(self._session.notices) if self._session is not None else ()
+        return tuple(self._session.notices.texts) if self._session is not None else ()
 
     def step(self, step: int | None = None) -> None:
         """End a step by hand; nothing is inferred from then on.
@@ -280,8 +282,8 @@ class Watcher:
                 session.close()
         finally:
             if sink is not None:
-                if session is not None and session.buffer.history:
-                    report = Report.of_records(session.buffer.history, session.notices)
+                if session is not None and session.buffer.history and not session.is_elsewhere():
+                    report = Report.of_records(session.buffer.history, session.notices.texts)
                     sink.text(HEALTH_TAG, report.markdown, session.buffer.history[-1].step)
                 sink.close()
 

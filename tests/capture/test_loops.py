@@ -25,7 +25,7 @@ Watch = Callable[..., instrument.Watcher]
 @pytest.fixture
 def watch(tmp_path: Path) -> Iterator[Watch]:
     """Watch with every step sampled, faults raised, and the watch closed at the end."""
-    made = []
+    made: list[instrument.Watcher] = []
 
     def start(model: nn.Module, **arguments: Any) -> instrument.Watcher:
         arguments = {
@@ -50,9 +50,8 @@ def gradient_norms(watcher: instrument.Watcher, name: str) -> list[float]:
     return [record[f"Gradients/{name}"].l2 for record in watcher.history if f"Gradients/{name}" in record]
 
 
-def norm(parameter: nn.Parameter) -> float:
-    assert parameter.grad is not None
-    return parameter.grad.norm().item()
+def norm(parameter: Any) -> float:
+    return float(parameter.grad.norm())
 
 
 def sgd(*modules: nn.Module, lr: float = 0.05) -> torch.optim.SGD:
@@ -208,13 +207,13 @@ def test_lbfgs(line_search: str | None, watch: Watch) -> None:
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4, line_search_fn=line_search)
     watcher, truth, evaluations = watch(model), [], 0
 
-    def closure() -> torch.Tensor:
+    def closure() -> Any:
         nonlocal evaluations
         evaluations += 1
         optimizer.zero_grad()
         loss = model(batch(0)).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        loss.backward()
+        return loss.detach()
 
     for _ in range(4):
         optimizer.step(closure)
@@ -254,7 +253,7 @@ class Lookahead(torch.optim.Optimizer):
         self.base = base
         super().__init__(base.param_groups, {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Step the optimizer inside."""
         self.base.step()
 

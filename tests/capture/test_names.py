@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,12 @@ def names(
     return [entry.name for entry in selection.modules] + [entry.name for entry in selection.parameters]
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    wrapped: Any = torch.compile(model, backend="eager")
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
 def test_the_root_is_shown_as_its_class() -> None:
     """The root has the name of its class; parameters of its own have none in front."""
     assert names(nn.Linear(2, 1)) == ["Linear", "weight", "bias"]
@@ -42,8 +49,8 @@ def test_the_root_is_shown_as_its_class() -> None:
     "wrap",
     [
         nn.DataParallel,
-        lambda model: torch.compile(model, backend="eager"),
-        lambda model: nn.DataParallel(torch.compile(model, backend="eager")),  # type: ignore[arg-type]
+        compiled,
+        lambda model: nn.DataParallel(compiled(model)),
         torch.optim.swa_utils.AveragedModel,
     ],
     ids=["DataParallel", "compile", "both", "AveragedModel"],
@@ -60,9 +67,9 @@ def test_the_outermost_wrapper_is_the_one_that_is_called() -> None:
     inner = nn.Linear(2, 2)
     outer = nn.DataParallel(inner)
     assert named_modules(outer)[0].module is outer
-    compiled = nn.Sequential(torch.compile(inner, backend="eager"))  # type: ignore[arg-type]
-    assert named_modules(compiled)[1].module is compiled[0]
-    assert names(compiled) == ["Sequential", "0", "0.weight", "0.bias"]
+    model = nn.Sequential(compiled(inner))
+    assert named_modules(model)[1].module is model[0]
+    assert names(model) == ["Sequential", "0", "0.weight", "0.bias"]
 
 
 def test_a_child_called_module_beside_others_keeps_its_name() -> None:
@@ -103,10 +110,10 @@ def test_globs_and_excludes_select_as_documented() -> None:
 
 def test_parametrized_names_are_the_real_ones_and_nothing_is_computed() -> None:
     """Under spectral norm the real parameter is named, and naming it runs no power iteration."""
-    layer = parametrizations.spectral_norm(nn.Linear(4, 4))
-    before = layer.parametrizations.weight[0]._u.clone()  # type: ignore[union-attr,operator]
+    layer: Any = parametrizations.spectral_norm(nn.Linear(4, 4))
+    before = layer.parametrizations.weight[0]._u.clone()
     assert "parametrizations.weight.original" in names(layer, kinds=("parameters",))
-    assert torch.equal(before, layer.parametrizations.weight[0]._u)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(before, layer.parametrizations.weight[0]._u)
 
 
 def test_a_module_that_holds_itself_ends() -> None:

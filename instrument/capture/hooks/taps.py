@@ -9,16 +9,11 @@ What shaped it (each costs somebody a training run elsewhere):
 * forward hooks are attached by the root's pre-hook on a sampled step and taken off when it ends, so that other
   steps, evaluation, scripting and copying see a model without them;
 * what a forward pass yields counts only when gradients flow back through it, and only when it is not the
-  recomputation of activation checkpointing;
-* hook objects hold names and weak references; a deep copy or a pickle of the model gets a function of the
-  standard library in their place, which does nothing and needs no library to load;
-* nothing is ever returned, since a returned value would replace the output.
+  recomputation of activation checkpointing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -28,11 +23,20 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from instrument.capture.hooks.objects import (
+    Confirmation,
+    ForwardPass,
+    GradientTap,
+    RootEnds,
+    RootStarts,
+    Tap,
+    keep_hooks_uncompiled,
+)
 from instrument.capture.names import ModuleEntry, Site
 from instrument.capture.outputs import named_tensors
-from instrument.torch_private import in_backward, in_functorch, is_tracing, skip_code
+from instrument.torch_private import in_backward, in_functorch, is_tracing
 
-__all__ = ["ForwardPass", "PassListener", "Taps"]
+__all__ = ["PassListener", "Taps"]
 
 WAITING_PASSES = 256
 """Forward passes that may wait for their backward; of more, the oldest are given up."""
@@ -57,137 +61,6 @@ class PassListener(Protocol):
         """An error of ours in a hook; may raise in strict mode."""
 
 
-class ForwardPass:
-    """What one forward pass of the root yielded so far, with the activation gradients that followed it."""
-
-    __slots__ = ("complete", "has_gradient", "in_backward", "step", "taken", "ungraded")
-
-    def __init__(self, in_backward: bool = False) -> None:
-        self.in_backward = in_backward
-        """Whether the pass is a recomputation whose first pass was not recorded."""
-        self.step: int | None = None
-        """The step that first looked at the pass when that was complete."""
-        self.complete = False
-        """Whether the root's forward ended without an exception."""
-        self.has_gradient: bool | None = False
-        """Whether gradients flowed back through the root's output; None where its output cannot tell."""
-        self.taken: list[tuple[Site, Any]] = []
-        """What was measured, in the order of execution."""
-        self.ungraded: set[Site] = set()
-        """Outputs that required no gradient: reentrant checkpointing will compute them again with one."""
-
-
-class _Inert:
-    """A hook that a copy or a pickle of the model does not carry on."""
-
-    __slots__ = ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return contextlib.nullcontext().__exit__
-
-    def __copy__(self) -> Callable[..., None]:
-        return contextlib.nullcontext().__exit__
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-class _ModuleHook(_Inert):
-    """A hook of a module, which calls a method of `Taps` without being compiled or traced itself."""
-
-    __slots__ = ("_module", "_name", "_taps")
-
-    def __init__(self, taps: Taps, name: str, module: nn.Module) -> None:
-        self._taps = weakref.ref(taps)
-        self._name = name
-        self._module = weakref.ref(module)
-
-    def _live(self, module: nn.Module) -> Taps | None:
-        """The taps, unless they are gone or the module is a replica that shares the hooks of its original."""
-        return self._taps() if self._module() is module else None
-
-
-class _Tap(_ModuleHook):
-    """Forward hook of one watched module."""
-
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            taps = self._live(module)
-            if taps is not None:
-                _uncompiled(Taps.module_called)(taps, self._name, module, output)
-
-
-class _RootStarts(_ModuleHook):
-    """Forward pre-hook of the root."""
-
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            taps = self._live(module)
-            if taps is not None:
-                _uncompiled(Taps.root_starts)(taps, module)
-
-
-class _RootEnds(_ModuleHook):
-    """Forward hook of the root."""
-
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            taps = self._live(module)
-            if taps is not None:
-                _uncompiled(Taps.root_ends)(taps, output)
-
-
-class _GradientTap:
-    """Gradient hook of one output of one watched module."""
-
-    __slots__ = ("_pass", "_site", "_taps")
-
-    def __init__(self, taps: Taps, site: Site, forward: ForwardPass) -> None:
-        self._taps = weakref.ref(taps)
-        self._site = site
-        self._pass = forward
-
-    def __call__(self, gradient: torch.Tensor | None) -> None:
-        taps = self._taps()
-        if gradient is not None and taps is not None:
-            _uncompiled(Taps.gradient_arrived)(taps, self._site, gradient, self._pass)
-
-
-class _Confirmation:
-    """Gradient hook of the root's output: gradients flow back, so the pass is a training pass."""
-
-    __slots__ = ("_pass", "_taps")
-
-    def __init__(self, taps: Taps, forward: ForwardPass) -> None:
-        self._taps = weakref.ref(taps)
-        self._pass = forward
-
-    def __call__(self, gradient: torch.Tensor | None) -> None:
-        taps = self._taps()
-        if gradient is not None and taps is not None:
-            taps.backward_starts(self._pass)
-
-
-@functools.cache
-def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
-    """The function as Dynamo leaves it alone; made when first used, since Dynamo takes seconds to import."""
-    disabled: Callable[..., None] = torch.compiler.disable(function)
-    return disabled
-
-
-@functools.cache
-def _keep_hooks_uncompiled() -> None:
-    """Frames of hooks that run outside of a graph would be compiled by themselves and then do nothing."""
-    for hook in (_Tap, _RootStarts, _RootEnds, _GradientTap, _Confirmation):
-        skip_code(hook.__call__.__code__)
-
-
 class Taps:
     """The hooks on one model: on its root and, on sampled steps, on each selected module.
 
@@ -197,7 +70,7 @@ class Taps:
     """
 
     def __init__(self, model: nn.Module, listener: PassListener) -> None:
-        _keep_hooks_uncompiled()
+        keep_hooks_uncompiled()
         self.called: set[str] = set()
         """Names of the selected modules that were called while the taps were attached."""
         self.root_called = False
@@ -220,8 +93,8 @@ class Taps:
         model = self._model()
         if not self._root_handles and model is not None:
             try:
-                self._root_handles.append(model.register_forward_pre_hook(_RootStarts(self, "", model)))
-                self._root_handles.append(model.register_forward_hook(_RootEnds(self, "", model)))
+                self._root_handles.append(model.register_forward_pre_hook(RootStarts(self, "", model)))
+                self._root_handles.append(model.register_forward_hook(RootEnds(self, "", model)))
             except Exception as error:
                 self._listener.failed("the model itself", error)
 
@@ -237,7 +110,7 @@ class Taps:
             return
         for entry in self._listener.modules():
             try:
-                tap = _Tap(self, entry.name, entry.module)
+                tap = Tap(self, entry.name, entry.module)
                 self._handles.append(entry.module.register_forward_hook(tap))
             except Exception as error:
                 self._listener.failed(entry.name, error)
@@ -324,7 +197,7 @@ class Taps:
         try:
             for _, tensor in named_tensors(output):
                 if tensor.requires_grad:
-                    self._hook_tensor(tensor, _Confirmation(self, forward))
+                    self._hook_tensor(tensor, Confirmation(self, forward))
                     forward.has_gradient = False
         except Exception as error:
             self._listener.failed("the model's output", error)
@@ -373,7 +246,7 @@ class Taps:
             site = Site("activation_gradients", name + path)
             if self._listener.wants(site):
                 if tensor.requires_grad and torch.is_grad_enabled():
-                    self._hook_tensor(tensor, _GradientTap(self, site, forward))
+                    self._hook_tensor(tensor, GradientTap(self, site, forward))
                 else:
                     forward.ungraded.add(site)
 
@@ -385,7 +258,7 @@ class Taps:
         for path, tensor in named_tensors(output):
             site = Site("activation_gradients", name + path)
             if site in forward.ungraded and tensor.requires_grad:
-                self._hook_tensor(tensor, _GradientTap(self, site, forward))
+                self._hook_tensor(tensor, GradientTap(self, site, forward))
 
     def _hook_tensor(self, tensor: torch.Tensor, hook: Callable[[torch.Tensor | None], None]) -> None:
         handle = tensor.register_hook(hook)

@@ -1,0 +1,206 @@
+"""The objects that stand in torch's dictionaries of hooks.
+
+* A deep copy or a pickle of the model gets a function of the standard library in their place, which does nothing
+  and needs no library to load.
+* They hold names and weak references only: a hook that holds its own tensor is never freed, not even by the
+  collector.
+* Frames of hooks that run outside of a compiled graph would be compiled by themselves, and a test for compilation
+  in them would then be folded to true; so their code is skipped, and what they call is kept from Dynamo.
+* Nothing is ever returned, since a returned value would replace the output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from instrument.capture.names import Site
+from instrument.torch_private import skip_code
+
+__all__ = [
+    "Confirmation",
+    "ForwardPass",
+    "GradientTap",
+    "HookTarget",
+    "RootEnds",
+    "RootStarts",
+    "Tap",
+    "keep_hooks_uncompiled",
+]
+
+
+class ForwardPass:
+    """What one forward pass of the root yielded so far, with the activation gradients that followed it."""
+
+    __slots__ = ("complete", "has_gradient", "in_backward", "step", "taken", "ungraded")
+
+    def __init__(self, in_backward: bool = False) -> None:
+        self.in_backward = in_backward
+        """Whether the pass is a recomputation whose first pass was not recorded."""
+        self.step: int | None = None
+        """The step that first looked at the pass when that was complete."""
+        self.complete = False
+        """Whether the root's forward ended without an exception."""
+        self.has_gradient: bool | None = False
+        """Whether gradients flowed back through the root's output; None where its output cannot tell."""
+        self.taken: list[tuple[Site, Any]] = []
+        """What was measured, in the order of execution."""
+        self.ungraded: set[Site] = set()
+        """Outputs that required no gradient: reentrant checkpointing will compute them again with one."""
+
+
+class HookTarget(Protocol):
+    """What the hooks report to."""
+
+    def module_called(self, name: str, module: nn.Module, output: Any) -> None:
+        """A selected module has returned."""
+
+    def root_starts(self, module: nn.Module) -> None:
+        """The root is called."""
+
+    def root_ends(self, output: Any) -> None:
+        """The root has returned."""
+
+    def gradient_arrived(self, site: Site, gradient: torch.Tensor, forward: ForwardPass) -> None:
+        """The gradient of a module's output is there."""
+
+    def backward_starts(self, forward: ForwardPass) -> None:
+        """Gradients flow back through the root's output."""
+
+
+class _Inert:
+    """A hook that a copy or a pickle of the model does not carry on."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return contextlib.nullcontext().__exit__
+
+    def __copy__(self) -> Callable[..., None]:
+        return contextlib.nullcontext().__exit__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class _ModuleHook(_Inert):
+    """A hook of a module, which calls a method of `Taps` without being compiled or traced itself."""
+
+    __slots__ = ("_module", "_name", "_taps")
+
+    def __init__(self, taps: HookTarget, name: str, module: nn.Module) -> None:
+        self._taps = weakref.ref(taps)
+        self._name = name
+        self._module = weakref.ref(module)
+
+    def _live(self, module: nn.Module) -> HookTarget | None:
+        """The taps, unless they are gone or the module is a replica that shares the hooks of its original."""
+        return self._taps() if self._module() is module else None
+
+
+class Tap(_ModuleHook):
+    """Forward hook of one watched module."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Called by torch when the module has returned."""
+        if not torch.compiler.is_compiling():
+            taps = self._live(module)
+            if taps is not None:
+                _uncompiled(_module_called)(taps, self._name, module, output)
+
+
+class RootStarts(_ModuleHook):
+    """Forward pre-hook of the root."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Called by torch before the root runs."""
+        if not torch.compiler.is_compiling():
+            taps = self._live(module)
+            if taps is not None:
+                _uncompiled(_root_starts)(taps, module)
+
+
+class RootEnds(_ModuleHook):
+    """Forward hook of the root."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Called by torch when the module has returned."""
+        if not torch.compiler.is_compiling():
+            taps = self._live(module)
+            if taps is not None:
+                _uncompiled(_root_ends)(taps, output)
+
+
+class GradientTap:
+    """Gradient hook of one output of one watched module."""
+
+    __slots__ = ("_pass", "_site", "_taps")
+
+    def __init__(self, taps: HookTarget, site: Site, forward: ForwardPass) -> None:
+        self._taps = weakref.ref(taps)
+        self._site = site
+        self._pass = forward
+
+    def __call__(self, gradient: torch.Tensor | None) -> None:
+        """Called by autograd, with None where the output was not used."""
+        taps = self._taps()
+        if gradient is not None and taps is not None:
+            _uncompiled(_gradient_arrived)(taps, self._site, gradient, self._pass)
+
+
+class Confirmation:
+    """Gradient hook of the root's output: gradients flow back, so the pass is a training pass."""
+
+    __slots__ = ("_pass", "_taps")
+
+    def __init__(self, taps: HookTarget, forward: ForwardPass) -> None:
+        self._taps = weakref.ref(taps)
+        self._pass = forward
+
+    def __call__(self, gradient: torch.Tensor | None) -> None:
+        """Called by autograd, with None where the output was not used."""
+        taps = self._taps()
+        if gradient is not None and taps is not None:
+            taps.backward_starts(self._pass)
+
+
+def _module_called(target: HookTarget, name: str, module: nn.Module, output: Any) -> None:
+    target.module_called(name, module, output)
+
+
+def _root_starts(target: HookTarget, module: nn.Module) -> None:
+    target.root_starts(module)
+
+
+def _root_ends(target: HookTarget, output: Any) -> None:
+    target.root_ends(output)
+
+
+def _gradient_arrived(target: HookTarget, site: Site, gradient: torch.Tensor, forward: ForwardPass) -> None:
+    target.gradient_arrived(site, gradient, forward)
+
+
+@functools.cache
+def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
+    """The function as Dynamo leaves it alone; made when first used, since Dynamo takes seconds to import."""
+    disabled: Callable[..., None] = torch.compiler.disable(function)
+    return disabled
+
+
+@functools.cache
+def keep_hooks_uncompiled() -> None:
+    """Frames of hooks that run outside of a graph would be compiled by themselves and then do nothing."""
+    for hook in (Tap, RootStarts, RootEnds, GradientTap, Confirmation):
+        skip_code(hook.__call__.__code__)

@@ -1,0 +1,68 @@
+"""What could not be observed, and why: each said once, and faults of ours kept from happening again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from instrument.capture.names import Site
+from instrument.errors import warn_quietly
+
+__all__ = ["Notices", "place_of"]
+
+NAMES_IN_A_NOTICE = 12
+
+
+class Notices:
+    """Collects notices, and the places where this library failed.
+
+    Args:
+        strict: Whether faults of ours are raised instead of told.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self.texts: list[str] = []
+        """What was said, in order."""
+        self._strict = strict
+        self._told: set[str] = set()
+        self._broken: set[str] = set()
+
+    def say(self, text: str) -> None:
+        """Say something once, as a notice and as a warning."""
+        if text not in self._told:
+            self._told.add(text)
+            self.texts.append(text)
+            warn_quietly(text, stacklevel=4)
+
+    def failed(self, place: str, error: Exception) -> None:
+        """Tell of a fault of ours, and leave that place out from now on; raise it in strict mode."""
+        if self._strict:
+            raise error
+        self._broken.add(place)
+        self.say(f"{place}: this library failed with {type(error).__name__}: {error}; it is left out from now on")
+
+    def is_broken(self, site: Site) -> bool:
+        """Whether this library failed at a site, or at the module or parameter it belongs to."""
+        if not self._broken:
+            return False
+        return not self._broken.isdisjoint((site.name, site.name.partition("[")[0], place_of(site)))
+
+    def never_called(self, names: Iterable[str]) -> None:
+        """Say which of the selected modules were not called in the first sampled step."""
+        missing = list(names)
+        if missing:
+            more = len(missing) - NAMES_IN_A_NOTICE
+            self.say(
+                f"never called in the first sampled step, so without activations: "
+                f"{', '.join(missing[:NAMES_IN_A_NOTICE])}{f' and {more} more' if more > 0 else ''}; a parent that "
+                "uses their weights itself, or model.forward() instead of model(), passes them by"
+            )
+
+
+def place_of(site: Site) -> str:
+    """A site in words.
+
+    Example:
+        >>> place_of(Site("gradients", "head.weight"))
+        'gradients of head.weight'
+    """
+    return f"{site.kind} of {site.name}"
