@@ -129,6 +129,38 @@ def test_micro_batches_and_repeated_calls_merge_into_one_sketch(tmp_path: Path) 
     watcher.close()
 
 
+def test_a_container_that_returns_what_its_child_returned_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tensor is measured once for child and container; changed in place between, it is measured again."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.fc(x)
+            return out.add_(1.0)
+
+    measured: list[torch.Size] = []
+    measure = instrument.measure
+
+    def counting(tensor: torch.Tensor) -> instrument.Sketch:
+        measured.append(tensor.shape)
+        return measure(tensor)
+
+    monkeypatch.setattr("instrument.watcher.session.measure", counting)
+    for model, times in ((nn.Sequential(nn.Linear(4, 3)), 1), (InPlace(), 2)):
+        measured.clear()
+        watcher = instrument.watch(model, kinds="activations", interval=1, logdir=tmp_path, strict=True)
+        train(model, sgd(model), 1)
+        assert len(measured) == times
+        child, parent = watcher.history[-1].values()
+        assert parent.mean - child.mean == pytest.approx(times - 1, rel=1e-6)
+        watcher.close()
+
+
 def test_updates_of_a_large_parameter_are_right_within_one_percent(tmp_path: Path) -> None:
     """Of two million elements, a sample of 65,536 or fewer gives the root mean square of the update within 1 %."""
     model = nn.Linear(2048, 1024, bias=False)

@@ -6,14 +6,25 @@ the rounded cumulative count at their edges, so that they are whole and sum to t
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CODES", "INF_CODE", "CodeCounts", "FloatArray", "IntArray", "histogram", "log10_histogram"]
+__all__ = [
+    "CODES",
+    "INF_CODE",
+    "SIGN",
+    "CodeCounts",
+    "FloatArray",
+    "Histograms",
+    "IntArray",
+    "Knots",
+    "count_below",
+    "histograms",
+    "log10_histograms",
+]
 
 CODES = 4096
 """Number of codes: sign, 8 exponent bits and 3 mantissa bits of a float32."""
@@ -44,98 +55,142 @@ def _bounds_of_codes() -> tuple[FloatArray, FloatArray]:
 
 
 _LOW, _HIGH = _bounds_of_codes()
+_FILLER = np.zeros(SIGN - INF_CODE)
+_LEFT = np.concatenate((_LOW, _FILLER, -_HIGH, _FILLER))
+_RIGHT = np.concatenate((_HIGH, _FILLER, -_LOW, _FILLER))
+"""Bounds of the values in each code, the sign included."""
+
+_HALF = np.arange(1, HISTOGRAM_BUCKETS // 2 + 1) / (HISTOGRAM_BUCKETS // 2)
+_GRID = np.concatenate((-(_HALF[::-1] ** 3), [0.0, 0.0], _HALF**3))
+ZERO = HISTOGRAM_BUCKETS // 2
+"""Where in the grid of edges the first of the two zeros stands."""
 
 
-@dataclasses.dataclass(frozen=True)
-class CodeCounts:
-    """Codes of finite values that occur, rising, and how often each does."""
+class CodeCounts(NamedTuple):
+    """What a histogram is made of: codes of finite values, rising, how often each occurs, and the extremes."""
 
     codes: npt.NDArray[np.uint16]
     counts: IntArray
-
-    @property
-    def zeros(self) -> int:
-        """How many values are zero."""
-        return int(self.counts[(self.codes & 0x7FF) == 0].sum())
-
-    @property
-    def negatives(self) -> int:
-        """How many values are below zero."""
-        return int(self.counts[self.codes > SIGN].sum())
-
-    def magnitudes(self) -> tuple[npt.NDArray[np.intp], IntArray]:
-        """Codes without sign of the values that are not zero, rising, and how often each occurs."""
-        dense = np.zeros(SIGN, np.int64)
-        split = int(np.searchsorted(self.codes, SIGN))
-        dense[self.codes[:split]] += self.counts[:split]
-        dense[self.codes[split:] & 0x7FF] += self.counts[split:]
-        dense[0] = 0
-        present = dense.nonzero()[0]
-        return present, dense[present]
-
-    def below(self, threshold: float) -> float:
-        """How many values that are not zero have a magnitude below a threshold."""
-        magnitudes, counts = self.magnitudes()
-        low, high = _LOW[magnitudes], _HIGH[magnitudes]
-        return float((counts * np.clip((threshold - low) / (high - low), 0.0, 1.0)).sum())
-
-    def distribution(self, lowest: float, highest: float) -> tuple[FloatArray, FloatArray]:
-        """Knots of the cumulative distribution: places, and how many values lie at or below each."""
-        bare = (self.codes & 0x7FF).astype(np.intp)
-        split = int(np.searchsorted(self.codes, SIGN))
-        order = np.concatenate((np.arange(len(bare) - 1, split - 1, -1), np.arange(split)))
-        negative = self.codes >= SIGN
-        left = np.where(negative, -_HIGH[bare], _LOW[bare])[order]
-        right = np.where(negative, -_LOW[bare], _HIGH[bare])[order]
-        left[0], right[-1] = lowest, highest
-        return _knots(np.clip(left, lowest, highest), np.clip(right, lowest, highest), self.counts[order])
+    low: float
+    high: float
 
 
-def histogram(found: CodeCounts, lowest: float, highest: float) -> tuple[IntArray, FloatArray]:
-    """Counts and edges of the values; see `instrument.measure.sketch.Sketch.histogram`."""
-    count = int(found.counts.sum())
-    if not count:
-        return np.empty(0, np.int64), np.zeros(1)
-    if lowest == highest:
-        return np.array([count]), np.array([lowest, highest])
-    u = np.arange(1, HISTOGRAM_BUCKETS // 2) / (HISTOGRAM_BUCKETS // 2)
-    inner = u**3 * max(-lowest, highest)
-    has_zeros = found.zeros > 0
-    edges = np.concatenate((-inner[::-1], [0.0, 0.0] if has_zeros else [0.0], inner))
-    inside = (edges > lowest) & (edges < highest)
-    edges = edges[inside | (edges == 0.0)] if has_zeros else edges[inside]
-    if not has_zeros or lowest < 0.0:
-        edges = np.concatenate(([lowest], edges))
-    if not has_zeros or highest > 0.0:
-        edges = np.concatenate((edges, [highest]))
-    cumulative = np.interp(edges, *found.distribution(lowest, highest))
-    if has_zeros:
-        cumulative[np.searchsorted(edges, 0.0)] = found.negatives
-    return _counts_between(cumulative), edges
+class Knots:
+    """Cumulative distributions of several tensors, linear between knots; built for all of them at once.
+
+    One call of NumPy takes a microsecond or more however short its arrays are, so that hundreds of tensors are
+    worked on together wherever possible.
+
+    Args:
+        parts: One entry a tensor, each with at least one value.
+    """
+
+    def __init__(self, parts: Sequence[CodeCounts]) -> None:
+        lengths = np.array([part.codes.size for part in parts])
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        codes = np.concatenate([part.codes for part in parts]).astype(np.intp)
+        counts = np.concatenate([part.counts for part in parts])
+        self.low = np.array([part.low for part in parts])
+        self.high = np.array([part.high for part in parts])
+        self.abs_max = np.maximum(-self.low, self.high)
+        # Codes rise with the magnitude on both sides of zero: in the order of values come the negative ones,
+        # backwards, then the others.
+        negative_codes = np.add.reduceat(codes >= SIGN, starts, dtype=np.intp)
+        place = np.arange(codes.size) - np.repeat(starts, lengths)
+        is_negative = place < np.repeat(negative_codes, lengths)
+        backwards = np.repeat(ends - 1, lengths) - place
+        forwards = place + np.repeat(starts - negative_codes, lengths)
+        order = np.where(is_negative, backwards, forwards)
+        codes, counts = codes[order], counts[order]
+        left, right = _LEFT[codes], _RIGHT[codes]
+        left[starts] = self.low
+        right[ends - 1] = self.high
+        places = np.stack((np.minimum(left, np.repeat(self.high, lengths)), right), axis=1)
+        below = np.cumsum(counts)
+        first = below[starts] - counts[starts]
+        steps = np.stack((below - counts, below), axis=1) - np.repeat(first, lengths)[:, None]
+        self.count = below[ends - 1] - first
+        """Values of each tensor."""
+        self.negatives = np.add.reduceat(np.where(codes > SIGN, counts, 0), starts)
+        """Those below zero."""
+        self.zeros = np.add.reduceat(np.where(codes & 0x7FF == 0, counts, 0), starts)
+        """Those that are zero."""
+        smallest = np.where(codes & 0x7FF == 0, SIGN, codes & 0x7FF)
+        self.smallest = np.maximum(_LOW[np.minimum(np.minimum.reduceat(smallest, starts), INF_CODE - 1)], SMALLEST)
+        """A lower bound of the magnitudes of those that are not zero."""
+        self._places = np.split(places.ravel(), 2 * ends[:-1])
+        self._below = np.split(steps.ravel().astype(np.float64), 2 * ends[:-1])
+
+    def below(self, values: FloatArray) -> FloatArray:
+        """How many values of each tensor lie at or below given ones, of shape (tensors, n)."""
+        rows = zip(values, self._places, self._below, strict=True)
+        return np.stack([np.interp(row, places, below) for row, places, below in rows])
+
+    def quantile(self, q: float) -> FloatArray:
+        """The value of each tensor below which a share of its values lies."""
+        rows = zip(self.count, self._places, self._below, strict=True)
+        return np.array([np.interp(q * count, below, places) for count, places, below in rows])
 
 
-def log10_histogram(found: CodeCounts, lowest: float, highest: float) -> tuple[IntArray, FloatArray]:
-    """Counts and edges of log10 of magnitudes; see `instrument.measure.sketch.Sketch.log10_histogram`."""
-    magnitudes, counts = found.magnitudes()
-    if not counts.size:
-        return np.empty(0, np.int64), np.zeros(1)
-    left = np.log10(np.maximum(_LOW[magnitudes], SMALLEST))
-    right = np.log10(_HIGH[magnitudes])
-    right[-1] = math.log10(max(-lowest, highest))
-    right = np.maximum(right, left)
-    if left[0] == right[-1]:
-        return np.array([int(counts.sum())]), np.array([left[0], right[-1]])
-    edges = np.linspace(left[0], right[-1], LOG10_BUCKETS + 1)
-    return _counts_between(np.interp(edges, *_knots(left, right, counts))), edges
+class Histograms(NamedTuple):
+    """Histograms of several tensors, one behind the other."""
+
+    counts: FloatArray
+    """Counts of all buckets; whole numbers."""
+    limits: FloatArray
+    """Right edges of all buckets."""
+    first: FloatArray
+    """Left edge of the first bucket of each tensor."""
+    ends: IntArray
+    """Where the buckets of each tensor end."""
+
+    def one(self, index: int) -> tuple[IntArray, FloatArray]:
+        """Counts and edges of one tensor."""
+        part = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
+        return self.counts[part].astype(np.int64), np.concatenate((self.first[index : index + 1], self.limits[part]))
 
 
-def _knots(left: FloatArray, right: FloatArray, counts: IntArray) -> tuple[FloatArray, FloatArray]:
-    """Places and cumulative counts where the counts of rising intervals are spread evenly."""
-    below = np.concatenate(([0], np.cumsum(counts))).astype(np.float64)
-    return np.stack((left, right), axis=1).ravel(), np.repeat(below, 2)[1:-1]
+def histograms(knots: Knots) -> Histograms:
+    """Histograms with narrow buckets near zero; see `instrument.measure.sketch.Sketch.histogram`."""
+    low, high, zeros = knots.low[:, None], knots.high[:, None], knots.zeros[:, None]
+    edges = knots.abs_max[:, None] * _GRID
+    inside = (edges > low) & (edges < high)
+    below = np.rint(knots.below(edges))
+    # Two edges stand at zero: between them lies the bucket of the zeros, where there are any.
+    below[:, ZERO] = knots.negatives
+    below[:, ZERO + 1] = knots.negatives + knots.zeros
+    inside[:, ZERO] = ((low < 0) & ((zeros > 0) | (high > 0)))[:, 0]
+    inside[:, ZERO + 1] = ((zeros > 0) & (high > 0))[:, 0]
+    inside = np.concatenate((inside, np.ones_like(high, np.bool_)), axis=1)
+    edges = np.concatenate((edges, high), axis=1)
+    below = np.concatenate((below, knots.count[:, None]), axis=1)
+    cumulative = below[inside]
+    ends = np.cumsum(inside.sum(axis=1))
+    counts = np.diff(cumulative, prepend=0.0)
+    counts[ends[:-1]] = cumulative[ends[:-1]]
+    return Histograms(counts, edges[inside], knots.low, ends)
 
 
-def _counts_between(cumulative: FloatArray) -> IntArray:
-    """Whole counts between edges, of the count at or below each."""
-    cumulative[0] = 0.0
-    return np.diff(np.rint(cumulative)).astype(np.int64)
+def log10_histograms(knots: Knots) -> Histograms:
+    """Histograms of log10 of magnitudes; see `instrument.measure.sketch.Sketch.log10_histogram`.
+
+    Tensors without a value that is not zero have one empty bucket.
+    """
+    nonzero = knots.count - knots.zeros
+    largest = np.maximum(knots.abs_max, SMALLEST)
+    low, high = np.log10(np.minimum(knots.smallest, largest))[:, None], np.log10(largest)[:, None]
+    edges = low + (high - low) * np.linspace(0.0, 1.0, LOG10_BUCKETS + 1)
+    magnitudes = 10.0**edges
+    below = np.rint(knots.below(magnitudes) - knots.below(-magnitudes) - knots.zeros[:, None])
+    below[:, 0], below[:, -1] = 0.0, nonzero
+    counts = np.diff(below, axis=1)
+    ends = np.cumsum(np.full(len(counts), LOG10_BUCKETS))
+    return Histograms(counts.ravel(), edges[:, 1:].ravel(), edges[:, 0], ends)
+
+
+def count_below(part: CodeCounts, threshold: float) -> float:
+    """How many values that are not zero have a magnitude below a threshold."""
+    bare = (part.codes & 0x7FF).astype(np.intp)
+    low, high, counts = (array[bare > 0] for array in (_LOW[bare], _HIGH[bare], part.counts))
+    return float((counts * np.clip((threshold - low) / (high - low), 0.0, 1.0)).sum())

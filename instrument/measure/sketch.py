@@ -14,7 +14,6 @@ bits zero) and NaN (any other). Finite float64 values beyond the range of float3
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -23,7 +22,18 @@ import numpy.typing as npt
 import torch
 
 from instrument.errors import ConfigError
-from instrument.measure.histogram import CODES, INF_CODE, CodeCounts, FloatArray, IntArray, histogram, log10_histogram
+from instrument.measure.histogram import (
+    CODES,
+    INF_CODE,
+    SIGN,
+    CodeCounts,
+    FloatArray,
+    IntArray,
+    Knots,
+    count_below,
+    histograms,
+    log10_histograms,
+)
 
 __all__ = ["CODES", "MOMENTS", "FloatArray", "IntArray", "Sketch", "empty_moments", "merge_all"]
 
@@ -68,25 +78,45 @@ class Sketch:
     high: float
     """Largest finite value, -inf where there is none."""
 
+    count: int
+    """Number of finite values."""
+
+    zero_count: int
+    """Number of values that are exactly zero, of either sign."""
+
+    nan_count: int = 0
+    """Number of NaN."""
+
+    inf_count: int = 0
+    """Number of positive and negative infinities."""
+
     @classmethod
     def empty(cls) -> Sketch:
         """The sketch of no value at all, neutral under `merge`."""
-        return cls(np.empty(0, np.uint16), np.empty(0, np.int64), 0.0, 0.0, math.inf, -math.inf)
+        return cls(np.empty(0, np.uint16), np.empty(0, np.int64), 0.0, 0.0, math.inf, -math.inf, 0, 0)
 
     @classmethod
-    def from_dense(cls, codes: IntArray, moments: Sequence[float]) -> Sketch:
+    def from_dense(cls, codes: IntArray, moments: Sequence[float], all_finite: bool = False) -> Sketch:
         """Make a sketch of accumulated counts and moments.
 
         Args:
             codes: Counts of the `CODES` codes, int64 of shape (4096,).
-            moments: Count, sum, sum of squares, minimum, maximum. The count is not read: the codes hold it.
+            moments: Count, sum, sum of squares, minimum, maximum of the finite values.
+            all_finite: Whether it is known that NaN and Inf do not occur, which saves looking.
 
         Returns:
             The sketch; the arrays given may be used again.
         """
         present = _nonzero(codes)
-        _, total, squares, low, high = moments
-        return cls(present.astype(np.uint16), codes[present], total, squares, low, high)
+        count, total, squares, low, high = moments
+        zeros = int(codes[0] + codes[SIGN])
+        nans = infs = 0
+        if not all_finite:
+            rare = codes[INF_CODE:SIGN] + codes[SIGN + INF_CODE :]
+            infs = int(rare[0])
+            nans = int(rare.sum()) - infs
+        occurring, counts = present.astype(np.uint16), codes[present]
+        return cls(occurring, counts, total, squares, low, high, int(count), zeros, nans, infs)
 
     def merge(self, *others: Sketch) -> Sketch:
         """The sketch of all values of this sketch and others together, exactly as if measured at once.
@@ -103,11 +133,6 @@ class Sketch:
             0.75
         """
         return merge_all((self, *others))
-
-    @functools.cached_property
-    def count(self) -> int:
-        """Number of finite values."""
-        return int(self.counts[(self.codes & 0x7FF) < INF_CODE].sum())
 
     @property
     def mean(self) -> float:
@@ -154,26 +179,11 @@ class Sketch:
         """Largest magnitude of a finite value."""
         return max(abs(self.low), abs(self.high)) if self.low <= self.high else math.nan
 
-    @functools.cached_property
-    def zero_count(self) -> int:
-        """Number of values that are exactly zero, of either sign."""
-        return int(self.counts[(self.codes & 0x7FF) == 0].sum())
-
     @property
     def zero_fraction(self) -> float:
         """Share of the finite values that are exactly zero."""
         count = self.count
         return self.zero_count / count if count else math.nan
-
-    @property
-    def nan_count(self) -> int:
-        """Number of NaN."""
-        return int(self.counts[(self.codes & 0x7FF) > INF_CODE].sum())
-
-    @property
-    def inf_count(self) -> int:
-        """Number of positive and negative infinities."""
-        return int(self.counts[(self.codes & 0x7FF) == INF_CODE].sum())
 
     def quantile(self, q: float) -> float:
         """Value below which a share of the finite values lies.
@@ -199,8 +209,7 @@ class Sketch:
             raise ConfigError(f"q is {q!r}, allowed is a share from 0 to 1")
         if not self.count:
             return math.nan
-        places, below = self._finite_counts().distribution(self.low, self.high)
-        return float(np.interp(q * below[-1], below, places))
+        return float(Knots([self.finite()]).quantile(q)[0])
 
     def underflow_fraction(self, dtype: torch.dtype) -> float:
         """Share of the non-zero finite values that would become zero in a narrower type.
@@ -221,7 +230,7 @@ class Sketch:
         nonzero = self.count - self.zero_count
         if not nonzero:
             return 0.0 if self.count else math.nan
-        return self._finite_counts().below(info.tiny * info.eps / 2) / nonzero
+        return count_below(self.finite(), info.tiny * info.eps / 2) / nonzero
 
     def overflow_fraction(self, dtype: torch.dtype) -> float:
         """Share of the finite values that would leave the range of a narrower type.
@@ -244,7 +253,7 @@ class Sketch:
             return math.nan
         half_unit = info.eps * 2.0 ** math.floor(math.log2(info.max)) / 2
         nonzero = count - self.zero_count
-        return (nonzero - self._finite_counts().below(info.max + half_unit)) / count
+        return (nonzero - count_below(self.finite(), info.max + half_unit)) / count
 
     def histogram(self) -> tuple[IntArray, FloatArray]:
         """Counts and edges as TensorBoard is given them: at most 65 buckets, narrow near zero.
@@ -264,7 +273,9 @@ class Sketch:
             >>> int(counts[0]), float(edges[0]), float(edges[-1])
             (2, 0.0, 2.0)
         """
-        return histogram(self._finite_counts(), self.low, self.high)
+        if not self.count:
+            return np.empty(0, np.int64), np.zeros(1)
+        return histograms(Knots([self.finite()])).one(0)
 
     def log10_histogram(self) -> tuple[IntArray, FloatArray]:
         """Counts and edges of log10 of the magnitudes of the finite values that are not zero.
@@ -276,11 +287,16 @@ class Sketch:
             Counts, integers of shape (n,), and edges, float64 of shape (n + 1,), evenly spaced. Without such a
             value: no bucket, and one edge at 0.
         """
-        return log10_histogram(self._finite_counts(), self.low, self.high)
+        if self.count == self.zero_count:
+            return np.empty(0, np.int64), np.zeros(1)
+        return log10_histograms(Knots([self.finite()])).one(0)
 
-    def _finite_counts(self) -> CodeCounts:
-        finite = (self.codes & 0x7FF) < INF_CODE
-        return CodeCounts(self.codes[finite], self.counts[finite])
+    def finite(self) -> CodeCounts:
+        """Codes and counts of the finite values, with their extremes: what histograms are made of."""
+        if self.codes.size and not (self.nan_count or self.inf_count):
+            return CodeCounts(self.codes, self.counts, self.low, self.high)
+        wanted = (self.codes & 0x7FF) < INF_CODE
+        return CodeCounts(self.codes[wanted], self.counts[wanted], self.low, self.high)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sketch):
@@ -320,16 +336,15 @@ def merge_all(sketches: Iterable[Sketch]) -> Sketch:
     if len(parts) == 1:
         return parts[0]
     dense = np.zeros(CODES, np.int64)
-    total = squares = 0.0
-    low, high = math.inf, -math.inf
+    count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
     for part in parts:
         dense[part.codes] += part.counts
+        count += part.count
         total += part.total
         squares += part.total_squares
         low = min(low, part.low)
         high = max(high, part.high)
-    present = _nonzero(dense)
-    return Sketch(present.astype(np.uint16), dense[present], total, squares, low, high)
+    return Sketch.from_dense(dense, (count, total, squares, low, high))
 
 
 def _nonzero(counts: IntArray) -> npt.NDArray[np.intp]:

@@ -13,8 +13,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -34,8 +34,7 @@ _PACKED = tuple(
 """Types that hold several values an element, or bits without a meaning; no conversion exists."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Values:
+class Values(NamedTuple):
     """The values of a tensor, as something that can be read block by block."""
 
     tensor: torch.Tensor
@@ -72,6 +71,8 @@ def readable(tensor: torch.Tensor) -> Values:
         raise UnmeasurableError("its storage is freed at the moment")
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
+    if tensor.is_contiguous():
+        return Values(tensor, 1, implied_zeros)
     repeat = 1
     for dimension, stride in enumerate(tensor.stride()):
         size = tensor.shape[dimension]

@@ -1,4 +1,4 @@
-"""Event files: building the event of a step, framing records, and reading them back fast.
+"""Event files: framing records, and reading them back fast.
 
 A file is a sequence of records: u64 length, masked CRC-32C of the length, data, masked CRC-32C of the data, little
 endian; the data is an `Event`. TensorBoard computes CRC-32C in pure Python, 160 ns a byte with the interpreter
@@ -15,13 +15,8 @@ from typing import Any
 
 import google_crc32c
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 
-from instrument.measure.sketch import FloatArray, IntArray, Sketch
-from instrument.record.buffer import StepRecord
-from instrument.record.tags import COUNTS, LOG10, LOG10_KINDS, STATISTICS, parse_tag
-
-__all__ = ["Damage", "FileCheck", "check_file", "frame", "histogram_proto", "read_events", "record_values", "scan"]
+__all__ = ["Damage", "FileCheck", "check_file", "frame", "read_events", "scan"]
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -44,76 +39,6 @@ def _masked_crc(data: bytes) -> int:
     """CRC-32C rotated right by 15 bits plus a constant, as the format asks."""
     crc: int = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def record_values(record: StepRecord, scalars: bool, histograms: bool, counted: set[str]) -> list[Summary.Value]:
-    """What TensorBoard is given of a step record.
-
-    Args:
-        record: The sketches of a step.
-        scalars: Whether statistics are written.
-        histograms: Whether histograms are written.
-        counted: Tags of counts of NaN and Inf that were above zero before; added to here.
-
-    Returns:
-        Scalars and histograms, in the order of the record.
-    """
-    values: list[Summary.Value] = []
-    for tag, sketch in record.items():
-        if scalars:
-            values += _scalar_values(tag, sketch, counted)
-        if histograms and sketch.count:
-            values.append(Summary.Value(tag=tag, histo=histogram_proto(sketch, *sketch.histogram())))
-            parsed = parse_tag(tag)
-            if parsed is not None and parsed.kind in LOG10_KINDS:
-                counts, edges = sketch.log10_histogram()
-                if counts.size:
-                    log10_tag = _with_statistic(tag, LOG10)
-                    values.append(Summary.Value(tag=log10_tag, histo=_proto_of(counts, edges)))
-    return values
-
-
-def _scalar_values(tag: str, sketch: Sketch, counted: set[str]) -> Iterator[Summary.Value]:
-    if sketch.count:
-        for statistic, compute in STATISTICS.items():
-            yield Summary.Value(tag=_with_statistic(tag, statistic), simple_value=compute(sketch))
-    for statistic, count in COUNTS.items():
-        number, scalar_tag = count(sketch), _with_statistic(tag, statistic)
-        if number or scalar_tag in counted:
-            counted.add(scalar_tag)
-            yield Summary.Value(tag=scalar_tag, simple_value=number)
-
-
-def _with_statistic(tag: str, statistic: str) -> str:
-    section, _, name = tag.partition("/")
-    return f"{section}.{statistic}/{name}"
-
-
-def histogram_proto(sketch: Sketch, counts: IntArray, edges: FloatArray) -> HistogramProto:
-    """The histogram of a sketch with its exact moments.
-
-    Args:
-        sketch: With at least one finite value: NaN or Inf in an edge blanks the card for every step.
-        counts: Integers of shape (n,).
-        edges: Float64 of shape (n + 1,).
-
-    Returns:
-        The message that TensorBoard reads.
-    """
-    proto = _proto_of(counts, edges)
-    proto.sum = sketch.total
-    proto.sum_squares = sketch.total_squares
-    return proto
-
-
-def _proto_of(counts: IntArray, edges: FloatArray) -> HistogramProto:
-    return HistogramProto(
-        min=edges[0],
-        max=edges[-1],
-        num=int(counts.sum()),
-        bucket_limit=edges[1:].tolist(),
-        bucket=counts.tolist(),
-    )
 
 
 @dataclasses.dataclass(frozen=True)

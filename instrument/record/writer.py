@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 from instrument.errors import ConfigError, warn_quietly
 from instrument.record.buffer import StepRecord
 from instrument.record.event_file import EventFile
-from instrument.record.events import record_values
+from instrument.record.values import record_values
 from instrument.record.worker import Worker
 
 __all__ = ["ForeignSink", "OwnSink", "RecordSink", "SummaryWriter", "sink_for"]

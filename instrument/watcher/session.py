@@ -29,7 +29,7 @@ from instrument.errors import UnmeasurableError
 from instrument.measure.custom_op import measure
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import Buffer, StepRecord
-from instrument.torch_private import Unseen
+from instrument.torch_private import Unseen, version_of
 from instrument.watcher.notices import Notices, place_of
 
 __all__ = ["Session"]
@@ -76,6 +76,7 @@ class Session:
         self._emit = emit
         self._initial_step = initial_step
         self._sites: tuple[Site, ...] = ()
+        self._last: tuple[weakref.ref[torch.Tensor], int, Sketch] | None = None
         self._outputs: dict[Site, dict[Site, None]] = {}
         self._selected_for: int | None = None
         self._running: set[int] = set()
@@ -131,7 +132,7 @@ class Session:
     def take(self, site: Site, tensor: torch.Tensor) -> Sketch | None:
         """Measure a tensor; None where that cannot be done."""
         try:
-            sketch = measure(tensor)
+            sketch = self._measure(tensor)
         except UnmeasurableError as error:
             self.notices.say(f"{place_of(site)} are not measured: {error}")
             return None
@@ -141,6 +142,16 @@ class Session:
         base, bracket, _ = site.name.partition("[")
         if bracket:
             self._outputs.setdefault(Site(site.kind, base), {})[site] = None
+        return sketch
+
+    def _measure(self, tensor: torch.Tensor) -> Sketch:
+        """Measure, unless it is the tensor measured last: a container returns what its last child returned."""
+        remembered = self._last
+        if remembered is not None and remembered[0]() is tensor and remembered[1] == version_of(tensor):
+            return remembered[2]
+        sketch = measure(tensor)
+        if type(tensor) is torch.Tensor and not tensor.is_inference():  # parameters must not be referred to weakly
+            self._last = (weakref.ref(tensor), version_of(tensor), sketch)
         return sketch
 
     def failed(self, place: str, error: Exception) -> None:

@@ -64,6 +64,18 @@ def test_tiny_bfloat16_is_not_zero() -> None:
     assert sketch.max == pytest.approx(1e-9, rel=0.01)
 
 
+def test_signalling_nan_is_counted_without_a_word() -> None:
+    """NaN of the kind that makes processors signal is NaN like any other, in every floating-point type."""
+    for bits, integer, dtype in (
+        (0x7F800001, torch.int32, torch.float32),
+        (0x7FF0000000000001, torch.int64, torch.float64),
+        (0x7F81, torch.int16, torch.bfloat16),
+        (0x7C01, torch.int16, torch.float16),
+    ):
+        sketch = measure(torch.tensor([bits, 0], dtype=integer).view(dtype))
+        assert (sketch.nan_count, sketch.inf_count, sketch.count) == (1, 0, 1)
+
+
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.complex32])
 def test_complex_measures_as_magnitude(dtype: torch.dtype) -> None:

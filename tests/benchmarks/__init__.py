@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against rivals in the same run, interleaved; none is part of the test suite."""
