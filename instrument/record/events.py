@@ -16,7 +16,7 @@ from typing import Any
 import google_crc32c
 from tensorboard.compat.proto.event_pb2 import Event
 
-__all__ = ["Damage", "FileCheck", "check_file", "frame", "read_events", "scan"]
+__all__ = ["Damage", "FileCheck", "check_file", "frame", "scan"]
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -125,18 +125,3 @@ def check_file(path: Path, progress: Callable[[int], None] | None = None) -> Fil
         if progress is not None:
             progress(len(data))
     return FileCheck(path, path.stat().st_size, records, last_step, None)
-
-
-def read_events(path: Path) -> Iterator[Any]:
-    """The events of a file, up to where it ends or is damaged.
-
-    Args:
-        path: The file.
-
-    Yields:
-        `Event` messages.
-    """
-    for data in scan(path):
-        if isinstance(data, Damage):
-            return
-        yield Event.FromString(data)
