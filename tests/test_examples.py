@@ -48,3 +48,18 @@ def test_by_hand_is_the_loop_of_the_original_document(tmp_path: Path) -> None:
     (logdir,) = tmp_path.glob("runs/*/logs/tensorboard")
     assert f"run: {logdir.relative_to(tmp_path)}" in out
     assert read_back(logdir)[0]["Activations/layer1_output"] == [0, 100, 200]
+
+
+def test_the_ten_lines_of_the_readme_print_what_it_shows(tmp_path: Path) -> None:
+    """The README's ten lines run as they stand and print the tables below them, to the digits of this machine."""
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    code, shown = readme.split("```python\n", 1)[1].split("```\n\nprints\n\n```\n", 1)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+    def first_words(text: str) -> list[str]:
+        return [line.split()[0] for line in text.splitlines() if line.strip()]
+
+    expected = first_words(shown.split("```", 1)[0])
+    assert len(expected) > 15
+    assert [word.strip("─") for word in first_words(result.stdout)] == [word.strip("─") for word in expected]
