@@ -8,9 +8,9 @@
 | hide our operations from modes | `torch.utils._python_dispatch._disable_current_modes`, `torch._C._len_torch_dispatch_stack` | nothing is measured while a mode is active |
 | leave grad mode cheaply | `torch._C._set_grad_enabled` | `torch.set_grad_enabled`, half a microsecond dearer |
 | ignore tensor subclasses and function modes | `torch._C.DisableTorchFunction` | subclasses see our operations |
-| keep Dynamo from compiling a hook's frame | `torch._dynamo.eval_frame.skip_code` | hooks may be traced; the guard inside them still ends them |
+| keep Dynamo from hooks and what they call | `torch._C._dynamo.eval_frame.set_code_exec_strategy` with `_FrameExecStrategy` and `_FrameAction`, the mark `_torchdynamo_disable` | functions go through `torch.compiler.disable`, 0.4 us a call; methods of hook objects may be compiled by themselves and then do nothing |
 | "is this a fake tensor?" | `torch._subclasses.fake_tensor.is_fake` | judged by the name of its class |
-| is an outer `step()` of an optimizer still running? | code of the wrapper that `Optimizer.profile_hook_step` makes | an outer call that raised is taken to run on until its optimizer steps again |
+| is a `step()` called by that of another optimizer? | code of the wrapper that `Optimizer.profile_hook_step` makes | each call counts as an outer one: twice a step for subclasses that call `super().step()` |
 | children and parameters of a module, without computing | `Module._modules`, `Module._parameters` | (older than all versions we support) |
 | how often a tensor was changed in place | `Tensor._version` | (older than all versions we support) |
 | hooks of the user's on a parameter | `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks` | (the second: none) |
@@ -39,10 +39,10 @@ __all__ = [
     "in_functorch",
     "is_fake",
     "is_tracing",
+    "never_compile",
+    "never_compile_code",
     "parameters_of",
-    "skip_code",
-    "step_frame_is_live",
-    "step_frame_number",
+    "runs_within_another_step",
     "version_of",
 ]
 
@@ -124,14 +124,28 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return "Fake" in type(tensor).__name__
 
 
-def skip_code(code: types.CodeType) -> None:
-    """Tell Dynamo never to compile frames of this code, such as those of a hook.
+def never_compile_code(code: types.CodeType) -> bool:
+    """Tell Dynamo to compile neither frames of this code nor what they call; whether that was possible.
 
     Imports Dynamo where it is not there yet; every optimizer of torch imports it too.
     """
-    skip = _lookup("torch._dynamo.eval_frame.skip_code")
-    if skip is not None:
-        skip(code)
+    frames = "torch._C._dynamo.eval_frame."
+    set_strategy, strategy, action = (
+        _lookup(frames + name) for name in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")
+    )
+    if set_strategy is None or strategy is None or action is None:
+        return False
+    set_strategy(code, strategy(action.SKIP, action.SKIP))
+    return True
+
+
+def never_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as Dynamo leaves it alone, in frames of its own and where a graph would take it in."""
+    if not never_compile_code(function.__code__):
+        disabled: Callable[..., Any] = torch.compiler.disable(function)
+        return disabled
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]  # the mark that torch.compiler.disable sets
+    return function
 
 
 def _step_wrapper_code() -> types.CodeType | None:
@@ -150,24 +164,10 @@ def _step_frame(frame: types.FrameType | None) -> types.FrameType | None:
     return frame
 
 
-def step_frame_number() -> int:
-    """A number for the `step()` of an optimizer that is calling this hook, 0 where it cannot be told.
-
-    A number and not the frame: a frame that is kept keeps the locals of all its callers alive.
-    """
-    frame = _step_frame(sys._getframe(1))
-    return id(frame) if frame is not None else 0
-
-
-def step_frame_is_live(number: int) -> bool:
-    """Whether the `step()` of that number still runs, outside the one that is calling this hook."""
+def runs_within_another_step() -> bool:
+    """Whether the optimizer's `step()` that is calling this hook was called by that of an optimizer itself."""
     inner = _step_frame(sys._getframe(1))
-    outer = _step_frame(inner.f_back) if inner is not None else None
-    while outer is not None:
-        if id(outer) == number:
-            return True
-        outer = _step_frame(outer.f_back)
-    return False
+    return inner is not None and _step_frame(inner.f_back) is not None
 
 
 class Unseen:

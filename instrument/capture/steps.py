@@ -25,7 +25,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from instrument.torch_private import step_frame_is_live, step_frame_number, version_of
+from instrument.torch_private import never_compile, runs_within_another_step, version_of
 
 __all__ = ["StepClock", "StepListener"]
 
@@ -48,7 +48,7 @@ class StepListener(Protocol):
 class _Owner:
     """What the clock knows of one optimizer."""
 
-    __slots__ = ("count", "depth", "frame", "identities", "index", "ref", "relevant", "sightings", "signature")
+    __slots__ = ("count", "depth", "identities", "index", "is_quiet", "ref", "relevant", "sightings", "signature")
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.ref = weakref.ref(optimizer)
@@ -58,7 +58,7 @@ class _Owner:
         self.count: int | None = None
         self.index = 0
         self.depth = 0
-        self.frame = 0
+        self.is_quiet = False
         self.sightings = 0
 
 
@@ -81,6 +81,8 @@ class StepClock:
     ) -> None:
         self.step = initial_step
         """Steps finished so far, counted from 0; the number of the step that goes on now."""
+        self.quiet_until = initial_step
+        """Steps below this number need nobody to be told; set by the listener, for steps that are not sampled."""
         self.manual = False
         """Whether steps are ended by hand, so that nothing is inferred."""
         self._initial_step = initial_step
@@ -162,14 +164,20 @@ class StepClock:
 
     def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: an optimizer anywhere in the process begins a step."""
+        owner = self._owners.get(id(optimizer))
+        quiet = owner is not None and owner.relevant and not owner.depth and self.step < self.quiet_until
+        if quiet and owner is not None and owner.ref() is optimizer:
+            owner.depth = 1
+            owner.is_quiet = True
+            return
         owner = self._owner(optimizer)
         if not owner.relevant:
             return
-        if owner.depth and step_frame_is_live(owner.frame):
+        if owner.depth and runs_within_another_step():
             owner.depth += 1
             return
         owner.depth = 1
-        owner.frame = step_frame_number()
+        owner.is_quiet = False
         owner.index = self._index(owner)
         self._listener.step_starts(optimizer, owner.index, _closure(args, kwargs))
 
@@ -185,6 +193,12 @@ class StepClock:
             return
         owner.depth -= 1
         if owner.depth:
+            return
+        if owner.is_quiet:
+            if not self.manual:
+                owner.count = self._index(owner) + 1
+                if owner.count > self.step:
+                    self.step = owner.count
             return
         owner.count = owner.index + 1
         if not self.manual:
@@ -296,8 +310,8 @@ def _listen(clock: StepClock) -> None:
             _clocks = (*_clocks, clock)
         if not _handles:
             # A compiled `step` must call the hooks, not trace them: their counters would recompile it each step.
-            _handles.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before)))
-            _handles.append(register_optimizer_step_post_hook(torch.compiler.disable(_after)))
+            _handles.append(register_optimizer_step_pre_hook(never_compile(_before)))
+            _handles.append(register_optimizer_step_post_hook(never_compile(_after)))
 
 
 def _ignore(clock: StepClock) -> None:

@@ -101,6 +101,10 @@ class Session:
         """Whether a step is measured."""
         return step % self._scalar_interval == 0 or step % self._interval == 0
 
+    def _next_sampled(self, step: int) -> int:
+        """The first step from this one on that is measured."""
+        return min(-(-step // interval) * interval for interval in (self._scalar_interval, self._interval))
+
     def has_histograms(self, step: int) -> bool:
         """Whether the histograms of a step are written."""
         return step % self._interval == 0
@@ -345,6 +349,8 @@ class Session:
 
     def _prepare(self) -> None:
         """Make ready for the next step: hooks where it is sampled, none where it is not."""
+        if self.buffer.step is None:
+            self.clock.quiet_until = self._next_sampled(self.clock.step) - 1
         is_next_sampled = any(self.is_sampled(step) for step in self.clock.due())
         if is_next_sampled or not (self.clock.has_optimizer or self.clock.manual):
             self.taps.watch_root()

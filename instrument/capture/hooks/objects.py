@@ -5,7 +5,7 @@
 * They hold names and weak references only: a hook that holds its own tensor is never freed, not even by the
   collector.
 * Frames of hooks that run outside of a compiled graph would be compiled by themselves, and a test for compilation
-  in them would then be folded to true; so their code is skipped, and what they call is kept from Dynamo.
+  in them would then be folded to true; so Dynamo is told to leave their code and what it calls alone.
 * Nothing is ever returned, since a returned value would replace the output.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from instrument.capture.names import Site
-from instrument.torch_private import skip_code
+from instrument.torch_private import never_compile_code
 
 __all__ = [
     "Confirmation",
@@ -114,7 +114,7 @@ class Tap(_ModuleHook):
         if not torch.compiler.is_compiling():
             taps = self._live(module)
             if taps is not None:
-                _uncompiled(_module_called)(taps, self._name, module, output)
+                taps.module_called(self._name, module, output)
 
 
 class RootStarts(_ModuleHook):
@@ -127,7 +127,7 @@ class RootStarts(_ModuleHook):
         if not torch.compiler.is_compiling():
             taps = self._live(module)
             if taps is not None:
-                _uncompiled(_root_starts)(taps, module)
+                taps.root_starts(module)
 
 
 class RootEnds(_ModuleHook):
@@ -140,7 +140,7 @@ class RootEnds(_ModuleHook):
         if not torch.compiler.is_compiling():
             taps = self._live(module)
             if taps is not None:
-                _uncompiled(_root_ends)(taps, output)
+                taps.root_ends(output)
 
 
 class GradientTap:
@@ -157,7 +157,7 @@ class GradientTap:
         """Called by autograd, with None where the output was not used."""
         taps = self._taps()
         if gradient is not None and taps is not None:
-            _uncompiled(_gradient_arrived)(taps, self._site, gradient, self._pass)
+            taps.gradient_arrived(self._site, gradient, self._pass)
 
 
 class Confirmation:
@@ -176,31 +176,8 @@ class Confirmation:
             taps.backward_starts(self._pass)
 
 
-def _module_called(target: HookTarget, name: str, module: nn.Module, output: Any) -> None:
-    target.module_called(name, module, output)
-
-
-def _root_starts(target: HookTarget, module: nn.Module) -> None:
-    target.root_starts(module)
-
-
-def _root_ends(target: HookTarget, output: Any) -> None:
-    target.root_ends(output)
-
-
-def _gradient_arrived(target: HookTarget, site: Site, gradient: torch.Tensor, forward: ForwardPass) -> None:
-    target.gradient_arrived(site, gradient, forward)
-
-
-@functools.cache
-def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
-    """The function as Dynamo leaves it alone; made when first used, since Dynamo takes seconds to import."""
-    disabled: Callable[..., None] = torch.compiler.disable(function)
-    return disabled
-
-
 @functools.cache
 def keep_hooks_uncompiled() -> None:
     """Frames of hooks that run outside of a graph would be compiled by themselves and then do nothing."""
     for hook in (Tap, RootStarts, RootEnds, GradientTap, Confirmation):
-        skip_code(hook.__call__.__code__)
+        never_compile_code(hook.__call__.__code__)
