@@ -11,6 +11,9 @@
 | keep Dynamo from hooks and what they call | `torch._C._dynamo.eval_frame.set_code_exec_strategy` with `_FrameExecStrategy` and `_FrameAction`, the mark `_torchdynamo_disable` | functions go through `torch.compiler.disable`, 0.4 us a call; methods of hook objects may be compiled by themselves and then do nothing |
 | "is this a fake tensor?" | `torch._subclasses.fake_tensor.is_fake` | judged by the name of its class |
 | is a `step()` called by that of another optimizer? | code of the wrapper that `Optimizer.profile_hook_step` makes | each call counts as an outer one: twice a step for subclasses that call `super().step()` |
+| is a module compiled? | `Module._compiled_call_impl`, the class `OptimizedModule` | hooks below it are put on: one more graph where they were there at its first call |
+| is a compiled call going on around this one? | `torch._C._dynamo.eval_frame.get_eval_frame_callback` | the same |
+| run a function while a graph is traced, not in it | the mark `_dynamo_marked_constant` that `torch.compiler.assume_constant_result` sets | (older than all versions we support) |
 | children and parameters of a module, without computing | `Module._modules`, `Module._parameters` | (older than all versions we support) |
 | how often a tensor was changed in place | `Tensor._version` | (older than all versions we support) |
 | hooks of the user's on a parameter | `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks` | (the second: none) |
@@ -36,12 +39,15 @@ __all__ = [
     "children_of",
     "has_hooks",
     "in_backward",
+    "in_compiled_call",
     "in_functorch",
+    "is_compiled",
     "is_fake",
     "is_tracing",
     "never_compile",
     "never_compile_code",
     "parameters_of",
+    "run_while_tracing",
     "runs_within_another_step",
     "version_of",
 ]
@@ -145,6 +151,23 @@ def never_compile(function: Callable[..., Any]) -> Callable[..., Any]:
         disabled: Callable[..., Any] = torch.compiler.disable(function)
         return disabled
     function._torchdynamo_disable = True  # type: ignore[attr-defined]  # the mark that torch.compiler.disable sets
+    return function
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calls of this module run compiled: `torch.compile(module)`, or one on which `compile()` was called."""
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def in_compiled_call() -> bool:
+    """Whether the caller was called from a compiled function, so that what it calls will be compiled too."""
+    callback = _lookup("torch._C._dynamo.eval_frame.get_eval_frame_callback")
+    return callback is not None and callable(callback())
+
+
+def run_while_tracing(function: Callable[[int], bool]) -> Callable[[int], bool]:
+    """The function as Dynamo calls it itself while it traces, with constants, leaving nothing in the graph."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # without importing Dynamo, which takes seconds
     return function
 
 

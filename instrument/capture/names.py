@@ -12,7 +12,7 @@ from torch import nn
 
 from instrument.capture.patterns import Patterns
 from instrument.errors import SelectionError
-from instrument.torch_private import children_of, parameters_of
+from instrument.torch_private import children_of, is_compiled, parameters_of
 
 __all__ = [
     "ModuleEntry",
@@ -50,6 +50,8 @@ class ModuleEntry:
     name: str
     module: nn.Module
     is_root: bool
+    is_inside_compiled: bool = False
+    """Whether a module above this one is compiled, so that calls of this one are part of a graph."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,28 +108,31 @@ def named_modules(model: nn.Module) -> list[ModuleEntry]:
         >>> [entry.name for entry in named_modules(nn.Sequential(nn.ReLU()))]
         ['Sequential', '0']
     """
-    found: dict[str, nn.Module] = {}
+    found: dict[str, tuple[nn.Module, bool]] = {}
     root = model
-    for name, module in _walk(model, "", ()):
+    for name, module, is_inside in _walk(model, "", ()):
         if not name:
             root = module
-        found.setdefault(name, module)
+        found.setdefault(name, (module, is_inside))
     root_name = type(root).__name__
     if root_name in found:
         root_name = f"({root_name})"
-    return [ModuleEntry(name or root_name, module, is_root=not name) for name, module in found.items()]
+    return [ModuleEntry(name or root_name, module, not name, is_inside) for name, (module, is_inside) in found.items()]
 
 
-def _walk(module: nn.Module, name: str, above: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules, depth first; a module that holds itself is not entered again."""
-    yield name, module
+def _walk(
+    module: nn.Module, name: str, above: tuple[nn.Module, ...], is_inside: bool = False
+) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Names, modules and whether a compiled one is above, depth first; one that holds itself is not entered again."""
+    yield name, module, is_inside
     children = children_of(module)
+    is_inside = is_inside or is_compiled(module)
     for key, child in children:
         if child is module or any(child is parent for parent in above):
             continue
         wraps = len(children) == 1 and key in WRAPPER_PARTS
         child_name = name if wraps else f"{name}.{key}" if name else key
-        yield from _walk(child, child_name, (*above, module))
+        yield from _walk(child, child_name, (*above, module), is_inside)
 
 
 def named_parameters(modules: Iterable[ModuleEntry]) -> Iterator[tuple[ParameterEntry, nn.Parameter]]:

@@ -48,14 +48,29 @@ class Notices:
 
     def never_called(self, names: Iterable[str]) -> None:
         """Say which of the selected modules were not called in the first sampled step."""
-        missing = list(names)
-        if missing:
-            more = len(missing) - NAMES_IN_A_NOTICE
+        listed = _listed(names)
+        if listed:
             self.say(
-                f"never called in the first sampled step, so without activations: "
-                f"{', '.join(missing[:NAMES_IN_A_NOTICE])}{f' and {more} more' if more > 0 else ''}; a parent that "
-                "uses their weights itself, or model.forward() instead of model(), passes them by"
+                f"never called in the first sampled step, so without activations: {listed}; a parent that uses their "
+                "weights itself, model.forward() instead of model(), or a function that was compiled before the watch "
+                "began passes them by"
             )
+
+    def inside_graph(self, names: Iterable[str]) -> None:
+        """Say which of the selected modules are part of a compiled graph."""
+        listed = _listed(names)
+        if listed:
+            self.say(
+                f"inside a region of torch.compile, so without activations: {listed}; parameters and gradients are "
+                'complete; watch(..., compiled="eager") or "graph" observes them'
+            )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names behind commas, the first of many."""
+    every = list(names)
+    more = len(every) - NAMES_IN_A_NOTICE
+    return ", ".join(every[:NAMES_IN_A_NOTICE]) + (f" and {more} more" if more > 0 else "")
 
 
 def place_of(site: Site) -> str:

@@ -82,6 +82,7 @@ class Session:
         self._running: set[int] = set()
         self._silent_backwards = 0
         self._are_calls_checked = False
+        self._inside_graph: dict[str, None] = {}
         self._parameters = Parameters()
         self.clock = StepClock(self._all_parameters, self, initial_step, optimizer)
         self.taps = Taps(model, self)
@@ -128,6 +129,10 @@ class Session:
     def modules(self) -> Iterable[ModuleEntry]:
         """The modules to attach to, as the model is now."""
         return self._select().modules
+
+    def inside_graph(self, names: Iterable[str]) -> None:
+        """Modules that are part of a compiled graph and so are not observed."""
+        self._inside_graph.update(dict.fromkeys(names))
 
     def wants(self, site: Site) -> bool:
         """Whether this site is watched."""
@@ -388,7 +393,11 @@ class Session:
             return
         self._are_calls_checked = True
         selected = [site.name for site in self._sites if site.kind == "activations"]
-        self.notices.never_called(name for name in selected if name not in self.taps.called)
+        missing = [name for name in selected if name not in self.taps.called]
+        if self.taps.is_root_traced:
+            self.inside_graph(missing)
+        self.notices.inside_graph(name for name in missing if name in self._inside_graph)
+        self.notices.never_called(name for name in missing if name not in self._inside_graph)
 
     def is_elsewhere(self) -> bool:
         """Whether this is a process that was forked from the one that watches."""

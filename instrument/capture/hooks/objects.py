@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -21,13 +22,14 @@ import torch
 from torch import nn
 
 from instrument.capture.names import Site
-from instrument.torch_private import never_compile_code
+from instrument.torch_private import never_compile_code, run_while_tracing
 
 __all__ = [
     "Confirmation",
     "ForwardPass",
     "GradientTap",
     "HookTarget",
+    "ModuleHook",
     "RootEnds",
     "RootStarts",
     "Tap",
@@ -89,55 +91,81 @@ class _Inert:
         return getattr, (contextlib.nullcontext(), "__exit__")
 
 
-class _ModuleHook(_Inert):
-    """A hook of a module, which calls a method of `Taps` without being compiled or traced itself."""
+class ModuleHook(_Inert):
+    """A hook of a module, which calls a method of `Taps` without being compiled or traced itself.
 
-    __slots__ = ("_module", "_name", "_taps")
+    Where a graph takes it in, it does nothing, and remembers that: taken off again, it would cost a recompilation.
+    """
+
+    __slots__ = ("_module", "_name", "_taps", "key")
 
     def __init__(self, taps: HookTarget, name: str, module: nn.Module) -> None:
+        self.key = next(_keys)
         self._taps = weakref.ref(taps)
         self._name = name
         self._module = weakref.ref(module)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether a graph was compiled with this hook in place."""
+        return self.key in _traced
 
     def _live(self, module: nn.Module) -> HookTarget | None:
         """The taps, unless they are gone or the module is a replica that shares the hooks of its original."""
         return self._taps() if self._module() is module else None
 
 
-class Tap(_ModuleHook):
+_keys = itertools.count()
+_traced: set[int] = set()
+
+
+@run_while_tracing
+def _note_tracing(key: int) -> bool:
+    """Called by Dynamo itself when it takes a hook into a graph."""
+    _traced.add(key)
+    return True
+
+
+class Tap(ModuleHook):
     """Forward hook of one watched module."""
 
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Called by torch when the module has returned."""
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            _note_tracing(self.key)
+        else:
             taps = self._live(module)
             if taps is not None:
                 taps.module_called(self._name, module, output)
 
 
-class RootStarts(_ModuleHook):
+class RootStarts(ModuleHook):
     """Forward pre-hook of the root."""
 
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Called by torch before the root runs."""
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            _note_tracing(self.key)
+        else:
             taps = self._live(module)
             if taps is not None:
                 taps.root_starts(module)
 
 
-class RootEnds(_ModuleHook):
+class RootEnds(ModuleHook):
     """Forward hook of the root."""
 
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Called by torch when the module has returned."""
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            _note_tracing(self.key)
+        else:
             taps = self._live(module)
             if taps is not None:
                 taps.root_ends(output)

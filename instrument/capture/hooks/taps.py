@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from instrument.capture.hooks.objects import (
     Confirmation,
     ForwardPass,
     GradientTap,
+    ModuleHook,
     RootEnds,
     RootStarts,
     Tap,
@@ -34,9 +35,11 @@ from instrument.capture.hooks.objects import (
 )
 from instrument.capture.names import ModuleEntry, Site
 from instrument.capture.outputs import named_tensors
-from instrument.torch_private import in_backward, in_functorch, is_tracing
+from instrument.torch_private import in_backward, in_compiled_call, in_functorch, is_tracing
 
 __all__ = ["PassListener", "Taps"]
+
+_Attached: TypeAlias = "tuple[ModuleHook, RemovableHandle]"
 
 WAITING_PASSES = 256
 """Forward passes that may wait for their backward; of more, the oldest are given up."""
@@ -53,6 +56,9 @@ class PassListener(Protocol):
 
     def take(self, site: Site, tensor: torch.Tensor) -> Any:
         """Measure a tensor at once; what comes back is kept for the pass, unless it is None."""
+
+    def inside_graph(self, names: Iterable[str]) -> None:
+        """Modules that are part of a compiled graph and so are not observed."""
 
     def wants(self, site: Site) -> bool:
         """Whether this site is watched."""
@@ -81,8 +87,9 @@ class Taps:
         """The pass whose backward began last; recomputations belong to it."""
         self._model = weakref.ref(model)
         self._listener = listener
-        self._root_handles: list[RemovableHandle] = []
-        self._handles: list[RemovableHandle] = []
+        self._root_hooks: list[_Attached] = []
+        self._hooks: dict[str, _Attached] = {}
+        self._are_attached = False
         self._leaf_handles: list[RemovableHandle] = []
         self._open: dict[int, ForwardPass] = {}
         self._waiting: list[ForwardPass] = []
@@ -91,35 +98,59 @@ class Taps:
     def watch_root(self) -> None:
         """Have the root report when it is called; does nothing where it does so already."""
         model = self._model()
-        if not self._root_handles and model is not None:
-            try:
-                self._root_handles.append(model.register_forward_pre_hook(RootStarts(self, "", model)))
-                self._root_handles.append(model.register_forward_hook(RootEnds(self, "", model)))
-            except Exception as error:
-                self._listener.failed("the model itself", error)
+        if self._root_hooks or model is None:
+            return
+        try:
+            starts, ends = RootStarts(self, "", model), RootEnds(self, "", model)
+            self._root_hooks.append((starts, model.register_forward_pre_hook(starts)))
+            self._root_hooks.append((ends, model.register_forward_hook(ends)))
+        except Exception as error:
+            self._listener.failed("the model itself", error)
 
     def leave_root(self) -> None:
-        """Take the hooks off the root."""
-        for handle in self._root_handles:
-            handle.remove()
-        self._root_handles.clear()
+        """Take the hook off the root, unless a graph was compiled with it in place."""
+        if not self.is_root_traced:
+            for _, handle in self._root_hooks:
+                handle.remove()
+            self._root_hooks.clear()
 
     def attach(self) -> None:
         """Attach to the selected modules; does nothing where that is done."""
-        if self._handles:
+        if self._are_attached:
             return
+        self._are_attached = True
+        is_compiled_call, is_root_traced = in_compiled_call(), self.is_root_traced
+        outside: list[ModuleEntry] = []
+        inside: list[ModuleEntry] = []
         for entry in self._listener.modules():
+            is_inside = entry.is_inside_compiled or (is_compiled_call and not entry.is_root) or is_root_traced
+            (inside if is_inside else outside).append(entry)
+        self._listener.inside_graph(entry.name for entry in inside)
+        for entry in outside:
+            if entry.name in self._hooks:  # kept because a graph was compiled with it
+                continue
             try:
                 tap = Tap(self, entry.name, entry.module)
-                self._handles.append(entry.module.register_forward_hook(tap))
+                self._hooks[entry.name] = (tap, entry.module.register_forward_hook(tap))
             except Exception as error:
                 self._listener.failed(entry.name, error)
 
     def detach(self) -> None:
-        """Take the hooks off the selected modules."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Take the hooks off the selected modules, except for those that a graph was compiled with."""
+        if not self._are_attached:
+            return
+        self._are_attached = False
+        kept = {name: hook for name, hook in self._hooks.items() if hook[0].is_traced}
+        for name, (_, handle) in self._hooks.items():
+            if name not in kept:
+                handle.remove()
+        self._hooks = kept
+        self._listener.inside_graph(kept)
+
+    @property
+    def is_root_traced(self) -> bool:
+        """Whether the root was called from within a compiled function, and so is part of a graph itself."""
+        return any(hook.is_traced for hook, _ in self._root_hooks)
 
     def collect(self, step: int) -> list[tuple[Site, Any]]:
         """What training passes yielded for a step since the last call, in the order of execution.
@@ -159,8 +190,11 @@ class Taps:
 
     def close(self) -> None:
         """Take every hook off the model."""
-        self.leave_root()
-        self.detach()
+        for _, handle in (*self._root_hooks, *self._hooks.values()):
+            handle.remove()
+        self._root_hooks.clear()
+        self._hooks.clear()
+        self._are_attached = False
         self.step_ended()
         self._waiting.clear()
         self._open.clear()
@@ -212,7 +246,7 @@ class Taps:
     def module_called(self, name: str, module: nn.Module, output: Any) -> None:
         """A selected module has returned: measure what it returned."""
         try:
-            if in_functorch() or is_tracing():
+            if not self._are_attached or in_functorch() or is_tracing():
                 return
             self.called.add(name)
             forward = self._open.get(threading.get_ident())
