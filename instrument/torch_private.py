@@ -13,6 +13,7 @@
 | is a `step()` called by that of another optimizer? | code of the wrapper that `Optimizer.profile_hook_step` makes | each call counts as an outer one: twice a step for subclasses that call `super().step()` |
 | is a module compiled? | `Module._compiled_call_impl`, the class `OptimizedModule` | hooks below it are put on: one more graph where they were there at its first call |
 | is a compiled call going on around this one? | `torch._C._dynamo.eval_frame.get_eval_frame_callback` | the same |
+| was a caller compiled? | frames of `torch/_dynamo/eval_frame.py` | never said to be: in such functions `compiled="eager"` sees the first call of a step alone |
 | run a function while a graph is traced, not in it | the mark `_dynamo_marked_constant` that `torch.compiler.assume_constant_result` sets | (older than all versions we support) |
 | children and parameters of a module, without computing | `Module._modules`, `Module._parameters` | (older than all versions we support) |
 | how often a tensor was changed in place | `Tensor._version` | (older than all versions we support) |
@@ -29,12 +30,14 @@ import contextlib
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 __all__ = [
     "Unseen",
+    "called_from_compiled_function",
     "can_hide",
     "children_of",
     "has_hooks",
@@ -165,7 +168,21 @@ def in_compiled_call() -> bool:
     return callback is not None and callable(callback())
 
 
-def run_while_tracing(function: Callable[[int], bool]) -> Callable[[int], bool]:
+def called_from_compiled_function() -> bool:
+    """Whether a function made by `torch.compile` is among the callers."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_EVAL_FRAME_FILE):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_EVAL_FRAME_FILE = str(Path("torch", "_dynamo", "eval_frame.py"))
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def run_while_tracing(function: _F) -> _F:
     """The function as Dynamo calls it itself while it traces, with constants, leaving nothing in the graph."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # without importing Dynamo, which takes seconds
     return function

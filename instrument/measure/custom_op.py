@@ -8,6 +8,8 @@ compiled graph (called under a Python bool in a hook: no graph break, exactly tw
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -27,8 +29,12 @@ _TRANSFER = 1 << 22
 
 @torch.library.impl("instrument::measure", "CPU")
 def _measure_on_cpu(x: torch.Tensor, codes: torch.Tensor, moments: torch.Tensor) -> None:
-    with Unseen():
-        accumulate_cpu(readable(x), codes.numpy(), moments.numpy())
+    """Add to the accumulators; what cannot be measured makes the count NaN, since this runs inside of a graph."""
+    try:
+        with Unseen():
+            accumulate_cpu(readable(x), codes.numpy(), moments.numpy())
+    except Exception:
+        moments[0] = math.nan
 
 
 @torch.library.register_fake("instrument::measure")  # type: ignore[untyped-decorator]  # torch leaves it without

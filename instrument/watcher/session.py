@@ -30,6 +30,7 @@ from instrument.measure.custom_op import measure
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import Buffer, StepRecord
 from instrument.torch_private import Unseen, version_of
+from instrument.watcher.compiled import EagerStance, GraphTaps
 from instrument.watcher.notices import Notices, place_of
 
 __all__ = ["Session"]
@@ -85,8 +86,12 @@ class Session:
         self._inside_graph: dict[str, None] = {}
         self._parameters = Parameters()
         self.clock = StepClock(self._all_parameters, self, initial_step, optimizer)
-        self.taps = Taps(model, self)
-        self._select()
+        self._stance = EagerStance() if config.compiled == "eager" else None
+        self.taps = Taps(model, self, always_tell=self._stance is not None)
+        selection = self._select()
+        self._graph_taps: GraphTaps | None = None
+        if config.compiled == "graph" and selection.modules:
+            self._graph_taps = GraphTaps(selection.modules, self.wants)
 
     def open(self) -> None:
         """Begin to watch."""
@@ -121,10 +126,22 @@ class Session:
                 self._look_for_a_silent_step()
             if not self.clock.is_stepping:
                 self.settle(lenient=False)
-            return any(self.is_sampled(step) for step in self.clock.due())
+            is_sampled = any(self.is_sampled(step) for step in self.clock.due())
+            if self._stance is not None and is_sampled and training:
+                self._stance.root_starts()
         except Exception as error:
             self.failed("the model's forward", error)
             return False
+        return is_sampled
+
+    def forward_ends(self, has_failed: bool) -> None:
+        """The root has returned, or an exception has left it."""
+        if self._stance is not None:
+            self._stance.root_ends(has_failed)
+
+    def sees_through_graphs(self) -> bool:
+        """Whether sampled steps run uncompiled."""
+        return self._stance is not None
 
     def modules(self) -> Iterable[ModuleEntry]:
         """The modules to attach to, as the model is now."""
@@ -260,6 +277,10 @@ class Session:
         finally:
             self.clock.stop()
             self.taps.close()
+            if self._stance is not None:
+                self._stance.stop()
+            if self._graph_taps is not None:
+                self._graph_taps.close()
             self._parameters.select(())
 
     def _log_last_step(self) -> None:
@@ -336,6 +357,12 @@ class Session:
         assert self.buffer.step is not None
         for site, sketch in self.taps.collect(self.buffer.step):
             self.buffer.add(site, sketch)
+        if self._graph_taps is not None:
+            for site, measured in self._graph_taps.collect():
+                if measured is None:
+                    self.notices.say(f"{place_of(site)} could not be measured inside the graph")
+                else:
+                    self.buffer.add(site, measured)
 
     def _take_what_is_there(self) -> None:
         """Gradients and parameters, where no optimizer says which are its own."""
@@ -357,6 +384,11 @@ class Session:
         if self.buffer.step is None:
             self.clock.quiet_until = self._next_sampled(self.clock.step) - 1
         is_next_sampled = any(self.is_sampled(step) for step in self.clock.due())
+        if self._graph_taps is not None:
+            self._graph_taps.is_on = is_next_sampled
+            return
+        if self._stance is not None:
+            self._stance.start() if is_next_sampled else self._stance.stop()
         if is_next_sampled or not (self.clock.has_optimizer or self.clock.manual):
             self.taps.watch_root()
         else:
@@ -393,7 +425,8 @@ class Session:
             return
         self._are_calls_checked = True
         selected = [site.name for site in self._sites if site.kind == "activations"]
-        missing = [name for name in selected if name not in self.taps.called]
+        called = self.taps.called if self._graph_taps is None else self._graph_taps.called()
+        missing = [name for name in selected if name not in called]
         if self.taps.is_root_traced:
             self.inside_graph(missing)
         self.notices.inside_graph(name for name in missing if name in self._inside_graph)

@@ -29,6 +29,7 @@ __all__ = [
     "ForwardPass",
     "GradientTap",
     "HookTarget",
+    "InertHook",
     "ModuleHook",
     "RootEnds",
     "RootStarts",
@@ -76,7 +77,7 @@ class HookTarget(Protocol):
         """Gradients flow back through the root's output."""
 
 
-class _Inert:
+class InertHook:
     """A hook that a copy or a pickle of the model does not carry on."""
 
     __slots__ = ()
@@ -91,7 +92,7 @@ class _Inert:
         return getattr, (contextlib.nullcontext(), "__exit__")
 
 
-class ModuleHook(_Inert):
+class ModuleHook(InertHook):
     """A hook of a module, which calls a method of `Taps` without being compiled or traced itself.
 
     Where a graph takes it in, it does nothing, and remembers that: taken off again, it would cost a recompilation.

@@ -14,6 +14,7 @@ What shaped it (each costs somebody a training run elsewhere):
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -51,11 +52,17 @@ class PassListener(Protocol):
     def forward_starts(self, training: bool) -> bool:
         """The root is called; returns whether modules are to be captured in this pass."""
 
+    def forward_ends(self, has_failed: bool) -> None:
+        """The root has returned, or an exception has left it."""
+
     def modules(self) -> Iterable[ModuleEntry]:
         """The modules to attach to, as the model is now."""
 
     def take(self, site: Site, tensor: torch.Tensor) -> Any:
         """Measure a tensor at once; what comes back is kept for the pass, unless it is None."""
+
+    def sees_through_graphs(self) -> bool:
+        """Whether compiled regions run uncompiled now, so that modules in them are called one by one."""
 
     def inside_graph(self, names: Iterable[str]) -> None:
         """Modules that are part of a compiled graph and so are not observed."""
@@ -73,9 +80,10 @@ class Taps:
     Args:
         model: The root; only a weak reference is kept.
         listener: Decides and takes tensors.
+        always_tell: Whether the listener wants to know too when an exception leaves the root.
     """
 
-    def __init__(self, model: nn.Module, listener: PassListener) -> None:
+    def __init__(self, model: nn.Module, listener: PassListener, always_tell: bool = False) -> None:
         keep_hooks_uncompiled()
         self.called: set[str] = set()
         """Names of the selected modules that were called while the taps were attached."""
@@ -87,6 +95,7 @@ class Taps:
         """The pass whose backward began last; recomputations belong to it."""
         self._model = weakref.ref(model)
         self._listener = listener
+        self._always_tell = always_tell
         self._root_hooks: list[_Attached] = []
         self._hooks: dict[str, _Attached] = {}
         self._are_attached = False
@@ -103,7 +112,8 @@ class Taps:
         try:
             starts, ends = RootStarts(self, "", model), RootEnds(self, "", model)
             self._root_hooks.append((starts, model.register_forward_pre_hook(starts)))
-            self._root_hooks.append((ends, model.register_forward_hook(ends)))
+            # `always_call`: the listener may have something to put back when an exception leaves the root.
+            self._root_hooks.append((ends, model.register_forward_hook(ends, always_call=self._always_tell)))
         except Exception as error:
             self._listener.failed("the model itself", error)
 
@@ -120,11 +130,12 @@ class Taps:
             return
         self._are_attached = True
         is_compiled_call, is_root_traced = in_compiled_call(), self.is_root_traced
+        everything = self._listener.sees_through_graphs()
         outside: list[ModuleEntry] = []
         inside: list[ModuleEntry] = []
         for entry in self._listener.modules():
             is_inside = entry.is_inside_compiled or (is_compiled_call and not entry.is_root) or is_root_traced
-            (inside if is_inside else outside).append(entry)
+            (inside if is_inside and not everything else outside).append(entry)
         self._listener.inside_graph(entry.name for entry in inside)
         for entry in outside:
             if entry.name in self._hooks:  # kept because a graph was compiled with it
@@ -220,8 +231,11 @@ class Taps:
 
     def root_ends(self, output: Any) -> None:
         """The root has returned: the pass is complete, and waits for its backward."""
+        has_failed = self._always_tell and sys.exc_info()[0] is not None
+        if not in_backward():
+            self._listener.forward_ends(has_failed)
         forward = self._open.pop(threading.get_ident(), None)
-        if forward is None:
+        if forward is None or has_failed:
             return
         forward.complete = True
         forward.has_gradient = True if forward.in_backward else None

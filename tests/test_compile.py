@@ -1,0 +1,349 @@
+"""Compiled models: by default not a graph, break or recompilation more, and the same numbers; else everything seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import instrument
+from instrument.config import KINDS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::instrument.InstrumentWarning"),
+    # Dynamo itself reads .grad of what goes into a compiled block.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+BACKENDS = ["eager", "aot_eager", "inductor"]
+
+
+class Block(nn.Module):
+    """A block with a residual path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.act = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add what the layers make of it."""
+        out: torch.Tensor = x + self.act(self.fc(x))
+        return out
+
+
+class Net(nn.Module):
+    """A model of a class of its own; a `Sequential` behaves differently as root of a compiled call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the blocks."""
+        x = self.inp(x)
+        for block in self.blocks:
+            x = block(x)
+        out: torch.Tensor = self.out(x)
+        return out
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "own class": Net,
+    "Sequential": lambda: nn.Sequential(nn.Linear(4, 8), Block(), nn.Linear(8, 2)),
+}
+HOWS = ["compile", "in place", "blocks", "blocks in place", "function"]
+WHENS = ["before", "after", "after, the compiled one", "late", "late, the compiled one"]
+
+
+class Outcome(NamedTuple):
+    """What a training with a compiled model gave."""
+
+    losses: list[float]
+    parameters: list[torch.Tensor]
+    graphs: int
+    breaks: int
+    records: tuple[instrument.StepRecord, ...]
+    notices: tuple[str, ...]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_as(how: str, model: nn.Module, backend: str) -> Any:
+    """The model compiled in one of the ways that people use, always with `fullgraph=True`."""
+    if how == "compile":
+        return torch.compile(model, backend=backend, fullgraph=True)
+    if how == "function":
+        return torch.compile(lambda x: model(x), backend=backend, fullgraph=True)
+    if how == "in place":
+        model.compile(backend=backend, fullgraph=True)
+        return model
+    for name, block in list(model.named_modules()):
+        if isinstance(block, Block):
+            if how == "blocks":
+                parent, _, child = name.rpartition(".")
+                wrapped: Any = torch.compile(block, backend=backend, fullgraph=True)
+                model.get_submodule(parent)._modules[child] = wrapped
+            else:
+                block.compile(backend=backend, fullgraph=True)
+    return model
+
+
+def train(
+    make: Callable[[], nn.Module], how: str, backend: str, when: str | None, logdir: Path, compiled: str = "outside"
+) -> Outcome:
+    """Six steps, every second one sampled where there is a watch."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    watcher = None
+
+    def watch(target: nn.Module) -> instrument.Watcher:
+        return instrument.watch(target, kinds=KINDS, interval=2, logdir=logdir, compiled=compiled, strict=True)
+
+    if when == "before":
+        watcher = watch(model)
+    step_function = compiled_as(how, model, backend)
+    if when == "after":
+        watcher = watch(model)
+    if when == "after, the compiled one":
+        watcher = watch(step_function)
+    losses = []
+    for step in range(6):
+        if step == 2 and when == "late":
+            watcher = watch(model)
+        if step == 2 and when == "late, the compiled one":
+            watcher = watch(step_function)
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss = step_function(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    records = watcher.history if watcher is not None else ()
+    notices = watcher.notices if watcher is not None else ()
+    if watcher is not None:
+        watcher.close()
+    return Outcome(losses, [p.detach().clone() for p in model.parameters()], graphs, breaks, records, notices)
+
+
+def _cases() -> Iterator[tuple[str, str, str]]:
+    for model in MODELS:
+        for how in HOWS:
+            if model == "Sequential" and "blocks" in how:
+                continue
+            for when in WHENS:
+                if not (how == "function" and "compiled one" in when):
+                    yield model, how, when
+
+
+CASES = list(_cases())
+
+
+def names(record: instrument.StepRecord, section: str) -> set[str]:
+    return {tag.split("/", 1)[1] for tag in record if tag.startswith(section + "/")}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("model", "how", "when"), CASES)
+def test_outside_changes_nothing_and_parameters_are_complete(
+    model: str, how: str, when: str, backend: str, tmp_path: Path
+) -> None:
+    """By default: the same numbers, no graph, break or recompilation more, and every parameter and gradient."""
+    make = MODELS[model]
+    bare, watched = (train(make, how, backend, w, tmp_path) for w in (None, when))
+    assert watched.losses == bare.losses
+    assert all(torch.equal(a, b) for a, b in zip(watched.parameters, bare.parameters, strict=True))
+    assert (watched.graphs, watched.breaks) == (bare.graphs, bare.breaks)
+    expected = {name for name, _ in make().named_parameters()}
+    assert names(watched.records[-1], "Parameters") == expected
+    assert names(watched.records[-1], "Gradients") == expected
+    assert len(watched.notices) == 1  # what is inside, or what came too late, is said once
+    assert "torch.compile" in watched.notices[0] or "compiled before the watch began" in watched.notices[0]
+
+
+@pytest.mark.parametrize(("how", "when"), [("compile", "before"), ("blocks", "after"), ("function", "before")])
+def test_outside_changes_nothing_with_inductor(how: str, when: str, tmp_path: Path) -> None:
+    """The same holds for the real compiler."""
+    bare, watched = (train(Net, how, "inductor", w, tmp_path) for w in (None, when))
+    assert watched.losses == bare.losses
+    assert (watched.graphs, watched.breaks) == (bare.graphs, bare.breaks)
+
+
+@pytest.mark.parametrize("how", ["blocks", "blocks in place"])
+def test_compiled_blocks_are_seen_from_outside(how: str, tmp_path: Path) -> None:
+    """Where blocks are compiled one by one, their own outputs and gradients are recorded, and their insides named."""
+    outcome = train(Net, how, "aot_eager", "after", tmp_path)
+    record = outcome.records[-1]
+    assert names(record, "Activations") == {"Net", "inp", "blocks.0", "blocks.1", "out"}
+    assert names(record, "ActivationGradients") == {"Net", "inp", "blocks.0", "blocks.1", "out"}
+    assert record["Activations/blocks.1"].count == 5 * 8
+    assert "inside a region of torch.compile, so without activations: blocks.0.fc, blocks.0.act" in outcome.notices[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("how", "when"), [("compile", "before"), ("in place", "after"), ("function", "before")])
+def test_graph_records_everything_in_exactly_two_graphs(how: str, when: str, backend: str, tmp_path: Path) -> None:
+    """`compiled="graph"`: all activations and gradients from inside, two graphs, no break, the eager values."""
+    outcome = train(Net, how, backend, when, tmp_path, compiled="graph")
+    bare = train(Net, how, backend, None, tmp_path)
+    assert (outcome.graphs, outcome.breaks, outcome.notices) == (2, 0, ())
+    assert outcome.losses == pytest.approx(bare.losses, rel=1e-6)
+    truth = train(Net, "compile", "eager", "before", tmp_path, compiled="eager")
+    assert [record.step for record in outcome.records] == [0, 2, 4]
+    for record, expected in zip(outcome.records, truth.records, strict=True):
+        assert set(record) == set(expected)
+        for tag, sketch in record.items():
+            assert sketch.count == expected[tag].count
+            assert sketch.l2 == pytest.approx(expected[tag].l2, rel=1e-5)
+
+
+def test_graph_follows_outputs_of_several_tensors(tmp_path: Path) -> None:
+    """Inside the graph too, dictionaries and tuples have each tensor under its name."""
+
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            return {"left": x * 2, "right": (x.sin(), None)}
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.two = Two()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = self.two(self.fc(x))
+            out: torch.Tensor = parts["left"] + parts["right"][0]
+            return out
+
+    outcome = train(Holder, "compile", "aot_eager", "before", tmp_path, compiled="graph")
+    assert {"two[left]", "two[right][0]"} <= names(outcome.records[-1], "Activations")
+    assert {"two[left]", "two[right][0]"} <= names(outcome.records[-1], "ActivationGradients")
+    assert (outcome.graphs, outcome.breaks) == (2, 0)
+
+
+def test_graph_that_comes_too_late_says_so(tmp_path: Path) -> None:
+    """Hooks put on after the first compiled call are ignored by the graph: that is said, never silent."""
+    outcome = train(Net, "compile", "eager", "late", tmp_path, compiled="graph")
+    assert "compiled before the watch began" in outcome.notices[0]
+    assert names(outcome.records[-1], "Gradients") == {name for name, _ in Net().named_parameters()}
+
+
+@pytest.mark.parametrize(("model", "how", "when"), CASES)
+def test_eager_records_everything_in_one_graph(model: str, how: str, when: str, tmp_path: Path) -> None:
+    """`compiled="eager"`: sampled steps run uncompiled and see all, others are compiled once, the stance comes back."""
+    make = MODELS[model]
+    outcome = train(make, how, "eager", when, tmp_path, compiled="eager")
+    bare = train(make, how, "eager", None, tmp_path)
+    assert outcome.losses == bare.losses
+    assert (outcome.graphs, outcome.breaks, outcome.notices) == (bare.graphs, bare.breaks, ())
+    callable_modules = {
+        name or type(make()).__name__ for name, m in make().named_modules() if not isinstance(m, nn.ModuleList)
+    }
+    assert names(outcome.records[-1], "Activations") == callable_modules
+    assert names(outcome.records[-1], "ActivationGradients") == callable_modules
+    assert stance() == "default"
+
+
+def stance() -> str:
+    from torch._dynamo import eval_frame
+
+    name: str = eval_frame._stance.stance
+    return name
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError])
+def test_the_stance_is_restored_when_an_exception_leaves_the_model(error: type[Exception], tmp_path: Path) -> None:
+    """An exception in a sampled forward puts the stance back at once; the next forward is sampled all the same."""
+
+    class Failing(Net):
+        fails = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.fails:
+                raise error("deliberate")
+            return super().forward(x)
+
+    model = Failing()
+    compiled: Any = torch.compile(model, backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watcher = instrument.watch(compiled, interval=1, logdir=tmp_path, compiled="eager", strict=True)
+    with pytest.raises(error):
+        compiled(torch.randn(5, 4))
+    assert stance() == "default"
+    model.fails = False
+    compiled(torch.randn(5, 4)).mean().backward()
+    optimizer.step()
+    assert "Activations/blocks.0.fc" in watcher.history[-1]
+    watcher.close()
+    assert stance() == "default"
+
+
+def test_closing_restores_the_stance(tmp_path: Path) -> None:
+    """A watch that is closed in the middle of a sampled step leaves the stance as it was before."""
+    model = Net()
+    watcher = instrument.watch(model, interval=1, logdir=tmp_path, compiled="eager", strict=True)
+    assert stance() == "force_eager"
+    watcher.close()
+    assert stance() == "default"
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_optimizer_step_recompiles_for_nothing_of_ours(backend: str, tmp_path: Path) -> None:
+    """With `torch.compile(optimizer.step)` steps and gradients are right, and counting recompiles nothing."""
+
+    def run(watched: bool) -> tuple[int, list[float]]:
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.01))
+        step_function = torch.compile(optimizer.step, backend=backend)
+        watcher = instrument.watch(model, interval=2, logdir=tmp_path, strict=True) if watched else None
+        losses = []
+        for step in range(30):
+            x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            step_function()
+            losses.append(loss.item())
+        if watcher is not None:
+            assert watcher.current_step == 30
+            assert names(watcher.history[-1], "Gradients") == {name for name, _ in model.named_parameters()}
+            watcher.close()
+        return counters["stats"]["unique_graphs"], losses
+
+    bare, watched = run(watched=False), run(watched=True)
+    assert watched == bare
+
+
+def test_thirty_steps_recompile_nothing(tmp_path: Path) -> None:
+    """The state of hooks changes from step to step without one recompilation in thirty."""
+    torch.manual_seed(0)
+    model = Net()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    watcher = instrument.watch(model, interval=3, logdir=tmp_path, strict=True)
+    for _ in range(30):
+        optimizer.zero_grad()
+        compiled(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert watcher.current_step == 30
+    watcher.close()
