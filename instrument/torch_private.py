@@ -11,6 +11,7 @@
 | keep Dynamo from hooks and what they call | `torch._C._dynamo.eval_frame.set_code_exec_strategy` with `_FrameExecStrategy` and `_FrameAction`, the mark `_torchdynamo_disable` | functions go through `torch.compiler.disable`, 0.4 us a call; methods of hook objects may be compiled by themselves and then do nothing |
 | "is this a fake tensor?" | `torch._subclasses.fake_tensor.is_fake` | judged by the name of its class |
 | is a `step()` called by that of another optimizer? | code of the wrapper that `Optimizer.profile_hook_step` makes | each call counts as an outer one: twice a step for subclasses that call `super().step()` |
+| the scale of the gradient scaler that calls this step | the frame of `GradScaler.step`, `GradScaler._scale` | gradients of activations stay multiplied by it |
 | is a module compiled? | `Module._compiled_call_impl`, the class `OptimizedModule` | hooks below it are put on: one more graph where they were there at its first call |
 | is a compiled call going on around this one? | `torch._C._dynamo.eval_frame.get_eval_frame_callback` | the same |
 | was a caller compiled? | frames of `torch/_dynamo/eval_frame.py` | never said to be: in such functions `compiled="eager"` sees the first call of a step alone |
@@ -38,6 +39,7 @@ import torch
 __all__ = [
     "Unseen",
     "called_from_compiled_function",
+    "calling_scale",
     "can_hide",
     "children_of",
     "has_hooks",
@@ -202,6 +204,26 @@ def _step_frame(frame: types.FrameType | None) -> types.FrameType | None:
     while frame is not None and frame.f_code is not _STEP_CODE:
         frame = frame.f_back
     return frame
+
+
+def calling_scale() -> torch.Tensor | None:
+    """The scale of the `GradScaler` whose `step` is calling this optimizer hook, of shape (); None without one.
+
+    Only the locals of that one frame are read: reading those of others would keep the user's objects alive.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    for _ in range(_SCALER_DISTANCE):
+        if frame is None:
+            return None
+        if frame.f_code is torch.amp.GradScaler.step.__code__:
+            scale = getattr(frame.f_locals.get("self"), "_scale", None)
+            return scale if isinstance(scale, torch.Tensor) else None
+        frame = frame.f_back
+    return None
+
+
+_SCALER_DISTANCE = 16
+"""Frames between an optimizer hook and `GradScaler.step`: half a dozen, and some for wrappers of schedulers."""
 
 
 def runs_within_another_step() -> bool:

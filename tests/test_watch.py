@@ -150,7 +150,7 @@ def test_a_container_that_returns_what_its_child_returned_is_measured_once(
         measured.append(tensor.shape)
         return measure(tensor)
 
-    monkeypatch.setattr("instrument.watcher.session.measure", counting)
+    monkeypatch.setattr("instrument.watcher.collector.measure", counting)
     for model, times in ((nn.Sequential(nn.Linear(4, 3)), 1), (InPlace(), 2)):
         measured.clear()
         watcher = instrument.watch(model, kinds="activations", interval=1, logdir=tmp_path, strict=True)

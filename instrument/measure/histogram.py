@@ -22,6 +22,7 @@ __all__ = [
     "IntArray",
     "Knots",
     "count_below",
+    "divided",
     "histograms",
     "log10_histograms",
 ]
@@ -194,3 +195,33 @@ def count_below(part: CodeCounts, threshold: float) -> float:
     bare = (part.codes & 0x7FF).astype(np.intp)
     low, high, counts = (array[bare > 0] for array in (_LOW[bare], _HIGH[bare], part.counts))
     return float((counts * np.clip((threshold - low) / (high - low), 0.0, 1.0)).sum())
+
+
+def divided(codes: npt.NDArray[np.uint16], counts: IntArray, scale: float) -> tuple[npt.NDArray[np.uint16], IntArray]:
+    """Codes and counts of values divided by a positive number; zeros, NaN and Inf stay what they are.
+
+    Values that would leave the range of float32 at either end stay in its last code there.
+    """
+    bare = (codes & 0x7FF).astype(np.intp)
+    special = (bare == 0) | (bare >= INF_CODE)
+    dense = np.zeros(CODES, np.int64)
+    dense[codes[special]] = counts[special]
+    moved, amount, sign = bare[~special], counts[~special], (codes[~special] & SIGN).astype(np.intp)
+    below = _code_of(_LOW[moved] / scale)
+    above = _code_of(np.nextafter(_HIGH[moved] / scale, 0.0))
+    # The share of a code's values that stay below the bound that lies within it, where one does.
+    bound = _LOW[above]
+    width = (_HIGH[moved] - _LOW[moved]) / scale
+    share = np.where(above > below, (bound - _LOW[moved] / scale) / width, 1.0)
+    lower = np.rint(amount * np.clip(share, 0.0, 1.0)).astype(np.int64)
+    np.add.at(dense, below + sign, lower)
+    np.add.at(dense, above + sign, amount - lower)
+    present = dense.nonzero()[0]
+    return present.astype(np.uint16), dense[present]
+
+
+def _code_of(magnitudes: FloatArray) -> npt.NDArray[np.intp]:
+    """Codes without sign of magnitudes that are not zero."""
+    single = np.clip(magnitudes, 0.0, np.finfo(np.float32).max).astype(np.float32)
+    codes: npt.NDArray[np.intp] = (single.view(np.uint32) >> np.uint32(20)).astype(np.intp)
+    return np.maximum(codes, 1)

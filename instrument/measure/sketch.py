@@ -31,6 +31,7 @@ from instrument.measure.histogram import (
     IntArray,
     Knots,
     count_below,
+    divided,
     histograms,
     log10_histograms,
 )
@@ -133,6 +134,32 @@ class Sketch:
             0.75
         """
         return merge_all((self, *others))
+
+    def divided(self, scale: float) -> Sketch:
+        """The sketch of all values divided by a positive number, such as the scale of a gradient scaler.
+
+        Args:
+            scale: Finite and above zero. For powers of two, as scalers use by default, nothing is lost; for others
+                values are spread evenly within their codes.
+
+        Returns:
+            A new sketch.
+
+        Example:
+            >>> from instrument import measure
+            >>> measure(torch.tensor([512.0, 1024.0])).divided(1024.0).max
+            1.0
+        """
+        codes, counts = divided(self.codes, self.counts, scale)
+        return dataclasses.replace(
+            self,
+            codes=codes,
+            counts=counts,
+            total=self.total / scale,
+            total_squares=self.total_squares / scale**2,
+            low=self.low / scale,
+            high=self.high / scale,
+        )
 
     @property
     def mean(self) -> float:

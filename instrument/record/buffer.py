@@ -23,6 +23,7 @@ class StepRecord(Mapping[str, Sketch]):
         step: Number of the step, from 0.
         sketches: Tag to sketch.
         wall_time: Seconds since 1970 at which the step ended.
+        skipped: Whether the optimizer left the parameters as they were, because a gradient scaler found Inf.
 
     Example:
         >>> from instrument import measure
@@ -32,10 +33,11 @@ class StepRecord(Mapping[str, Sketch]):
         (3, 1.0)
     """
 
-    __slots__ = ("_sketches", "step", "wall_time")
+    __slots__ = ("_sketches", "skipped", "step", "wall_time")
 
-    def __init__(self, step: int, sketches: Mapping[str, Sketch], wall_time: float) -> None:
+    def __init__(self, step: int, sketches: Mapping[str, Sketch], wall_time: float, skipped: bool = False) -> None:
         self.step = step
+        self.skipped = skipped
         self.wall_time = wall_time
         self._sketches = dict(sketches)
 
@@ -64,6 +66,8 @@ class Buffer:
         """The last records, oldest first."""
         self.step: int | None = None
         """Number of the step that is collected; None between steps."""
+        self.skipped = False
+        """Whether the optimizer skipped this step."""
         self._wall_time = 0.0
         self._parts: dict[Site, list[Sketch]] = {}
 
@@ -71,6 +75,7 @@ class Buffer:
         """Begin to collect a step, or go on with it."""
         if self.step is None:
             self._wall_time = time.time()
+            self.skipped = False
         self.step = step
 
     def add(self, site: Site, sketch: Sketch) -> None:
@@ -110,7 +115,7 @@ class Buffer:
         if self.history and self.history[-1].step == step:
             earlier = self.history.pop()
             sketches = {tag: sketch for tag, sketch in sketches.items() if tag not in earlier}
-            self.history.append(StepRecord(step, {**earlier, **sketches}, self._wall_time))
+            self.history.append(StepRecord(step, {**earlier, **sketches}, self._wall_time, self.skipped))
         else:
-            self.history.append(StepRecord(step, sketches, self._wall_time))
-        return StepRecord(step, sketches, self._wall_time) if sketches else None
+            self.history.append(StepRecord(step, sketches, self._wall_time, self.skipped))
+        return StepRecord(step, sketches, self._wall_time, self.skipped) if sketches else None

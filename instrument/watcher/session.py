@@ -12,31 +12,28 @@ on.
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from instrument.capture.hooks import Taps
-from instrument.capture.names import MODULE_KINDS, ModuleEntry, Selection, Site, select
-from instrument.capture.parameters import Parameters
+from instrument.capture.names import ModuleEntry, Site
 from instrument.capture.patterns import Patterns
 from instrument.capture.steps import StepClock
 from instrument.config import Config
-from instrument.errors import UnmeasurableError
-from instrument.measure.custom_op import measure
 from instrument.measure.sketch import Sketch
-from instrument.record.buffer import Buffer, StepRecord
-from instrument.torch_private import Unseen, version_of
+from instrument.record.buffer import StepRecord
+from instrument.torch_private import Unseen, calling_scale
+from instrument.watcher.collector import Collector, Pairs
 from instrument.watcher.compiled import EagerStance, GraphTaps
-from instrument.watcher.notices import Notices, place_of
+from instrument.watcher.notices import Notices
+from instrument.watcher.schedule import Schedule
 
 __all__ = ["Session"]
 
 Optimizer: TypeAlias = torch.optim.Optimizer
-_Pairs: TypeAlias = "list[tuple[str, nn.Parameter]]"
 
 PATIENCE = 3
 """Backward passes whose gradients vanish without a step being seen, before that is said."""
@@ -65,55 +62,29 @@ class Session:
         initial_step: int,
         strict: bool,
     ) -> None:
-        self.buffer = Buffer(config.history)
         self.notices = Notices(strict)
         """What could not be observed, and why."""
-        self._model = weakref.ref(model)
+        self.collector = Collector(model, config, patterns, self.notices)
+        self.buffer = self.collector.buffer
         self._pid = os.getpid()
-        self._kinds = config.kinds
-        self._interval = config.histogram_interval
-        self._scalar_interval = min(config.scalar_interval, config.histogram_interval)
-        self._patterns = patterns
+        self._schedule = Schedule(config.histogram_interval, config.scalar_interval)
         self._emit = emit
         self._initial_step = initial_step
-        self._sites: tuple[Site, ...] = ()
-        self._last: tuple[weakref.ref[torch.Tensor], int, Sketch] | None = None
-        self._outputs: dict[Site, dict[Site, None]] = {}
-        self._selected_for: int | None = None
         self._running: set[int] = set()
         self._silent_backwards = 0
         self._are_calls_checked = False
         self._inside_graph: dict[str, None] = {}
-        self._parameters = Parameters()
-        self.clock = StepClock(self._all_parameters, self, initial_step, optimizer)
+        self.clock = StepClock(self.collector.every_parameter, self, initial_step, optimizer)
         self._stance = EagerStance() if config.compiled == "eager" else None
         self.taps = Taps(model, self, always_tell=self._stance is not None)
-        selection = self._select()
         self._graph_taps: GraphTaps | None = None
-        if config.compiled == "graph" and selection.modules:
-            self._graph_taps = GraphTaps(selection.modules, self.wants)
+        if config.compiled == "graph":
+            self._graph_taps = GraphTaps(self.collector.select(), self.collector.wants)
 
     def open(self) -> None:
         """Begin to watch."""
         self.clock.start()
         self._prepare()
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """What is watched; a module with several outputs stands for each of them once it has run."""
-        return tuple(site for base in self._sites for site in self._outputs.get(base, (base,)))
-
-    def is_sampled(self, step: int) -> bool:
-        """Whether a step is measured."""
-        return step % self._scalar_interval == 0 or step % self._interval == 0
-
-    def _next_sampled(self, step: int) -> int:
-        """The first step from this one on that is measured."""
-        return min(-(-step // interval) * interval for interval in (self._scalar_interval, self._interval))
-
-    def has_histograms(self, step: int) -> bool:
-        """Whether the histograms of a step are written."""
-        return step % self._interval == 0
 
     # What the taps ask and tell.
 
@@ -124,9 +95,10 @@ class Session:
         try:
             if training:
                 self._look_for_a_silent_step()
+                self._look_for_a_skipped_step()
             if not self.clock.is_stepping:
                 self.settle(lenient=False)
-            is_sampled = any(self.is_sampled(step) for step in self.clock.due())
+            is_sampled = any(self._schedule.is_sampled(step) for step in self.clock.due())
             if self._stance is not None and is_sampled and training:
                 self._stance.root_starts()
         except Exception as error:
@@ -145,7 +117,7 @@ class Session:
 
     def modules(self) -> Iterable[ModuleEntry]:
         """The modules to attach to, as the model is now."""
-        return self._select().modules
+        return self.collector.select()
 
     def inside_graph(self, names: Iterable[str]) -> None:
         """Modules that are part of a compiled graph and so are not observed."""
@@ -153,32 +125,11 @@ class Session:
 
     def wants(self, site: Site) -> bool:
         """Whether this site is watched."""
-        return site.kind in self._kinds and self._patterns.match(site.name) and not self.notices.is_broken(site)
+        return self.collector.wants(site)
 
     def take(self, site: Site, tensor: torch.Tensor) -> Sketch | None:
         """Measure a tensor; None where that cannot be done."""
-        try:
-            sketch = self._measure(tensor)
-        except UnmeasurableError as error:
-            self.notices.say(f"{place_of(site)} are not measured: {error}")
-            return None
-        except Exception as error:
-            self.failed(place_of(site), error)
-            return None
-        base, bracket, _ = site.name.partition("[")
-        if bracket:
-            self._outputs.setdefault(Site(site.kind, base), {})[site] = None
-        return sketch
-
-    def _measure(self, tensor: torch.Tensor) -> Sketch:
-        """Measure, unless it is the tensor measured last: a container returns what its last child returned."""
-        remembered = self._last
-        if remembered is not None and remembered[0]() is tensor and remembered[1] == version_of(tensor):
-            return remembered[2]
-        sketch = measure(tensor)
-        if type(tensor) is torch.Tensor and not tensor.is_inference():  # parameters must not be referred to weakly
-            self._last = (weakref.ref(tensor), version_of(tensor), sketch)
-        return sketch
+        return self.collector.take(site, tensor)
 
     def failed(self, place: str, error: Exception) -> None:
         """Tell of a fault of ours; raise it in strict mode."""
@@ -193,22 +144,23 @@ class Session:
         try:
             if self.buffer.step is not None and self.buffer.step < index:
                 self._close_record()
-            if not self.is_sampled(index) or index < (self.buffer.step or 0):
+            if not self._schedule.is_sampled(index) or index < (self.buffer.step or 0):
                 self.taps.collect(index)  # what another optimizer's step had captured is of no use to this one
                 return
             if id(optimizer) in self._running:  # its last step raised before it ended
                 self._drop_record()
-            self._open_record(index)
+            self.collector.open(index)
             pairs = self._pairs_of(optimizer)
             if self._running:  # a wrapper's step is running; the gradients that count are those used inside
                 for name, _ in pairs:
                     self.buffer.discard(Site("gradients", name))
             self._running.add(id(optimizer))
-            if "updates" in self._kinds:
-                self._parameters.remember(pairs)
+            if self.collector.wants_kind("updates"):
+                self.collector.parameters.remember(pairs)
             if not closure:
                 self._take_passes()
-                self._take_all(self._parameters.gradients(pairs, getattr(optimizer, "grad_scale", None)))
+                self.collector.add(self.collector.parameters.gradients(pairs, getattr(optimizer, "grad_scale", None)))
+                self._look_for_hidden_gradients(pairs)
         except Exception as error:
             self.failed("the optimizer's step", error)
 
@@ -223,18 +175,21 @@ class Session:
                 pairs = self._pairs_of(optimizer)
                 if closure:
                     self._take_passes()
-                    self._take_all(self._parameters.gradients(pairs))
+                    self.collector.add(self.collector.parameters.gradients(pairs))
+                found_inf = getattr(optimizer, "found_inf", None)
+                if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
+                    self.buffer.skipped = True
                 if not self._running and not self.clock.has_adopted:
-                    self._take_all(self._parameters.updates(pairs))
-                    self._take_all(self._parameters.values(pairs))
+                    self.collector.add(self.collector.parameters.updates(pairs))
+                    self.collector.add(self.collector.parameters.values(pairs))
             self.taps.step_ended()
             self._prepare()
         except Exception as error:
             self.failed("the optimizer's step", error)
 
-    def _pairs_of(self, optimizer: Optimizer) -> _Pairs:
+    def _pairs_of(self, optimizer: Optimizer) -> Pairs:
         """The parameters that an optimizer is about; a foreign one holds copies of all."""
-        return self._parameters.of(None if self.clock.has_adopted else optimizer)
+        return self.collector.parameters.of(None if self.clock.has_adopted else optimizer)
 
     # Steps that end otherwise.
 
@@ -244,10 +199,10 @@ class Session:
         if step is not None and step < expected - inferred:
             self.notices.say(f"step({step}) was called after step {expected - 1 - inferred}: counted on from there")
         ended = self.clock.advance(step)
-        if not inferred and (self.is_sampled(expected) or self.buffer.step is not None):
-            self._open_record(expected)
+        if not inferred and (self._schedule.is_sampled(expected) or self.buffer.step is not None):
+            self.collector.open(expected)
             self._take_passes()
-            self._take_what_is_there()
+            self.collector.add_what_is_there()
         if self.buffer.step is not None:
             self.buffer.step = ended
         self.settle()
@@ -281,7 +236,7 @@ class Session:
                 self._stance.stop()
             if self._graph_taps is not None:
                 self._graph_taps.close()
-            self._parameters.select(())
+            self.collector.parameters.select(())
 
     def _log_last_step(self) -> None:
         last = self.clock.step - 1
@@ -289,12 +244,12 @@ class Session:
             return
         newest = self.buffer.history[-1] if self.buffer.history else None
         if newest is None or newest.step < last:
-            self._open_record(last)
-            self._take_what_is_there()
-            record = self.buffer.close()
+            self.collector.open(last)
+            self.collector.add_what_is_there()
+            record = self.collector.close()
             if record is not None:
                 self._emit(record, True, True)
-        elif not self.has_histograms(last):
+        elif not self._schedule.has_histograms(last):
             self._emit(newest, False, True)
 
     def _look_for_a_silent_step(self) -> None:
@@ -315,39 +270,43 @@ class Session:
         """A step without an optimizer was made: take what it left behind."""
         self._silent_backwards = 0
         ended = self.clock.step - 1
-        if self.is_sampled(ended):
-            self._open_record(ended)
+        if self._schedule.is_sampled(ended):
+            self.collector.open(ended)
             self._take_passes()
-            self._take_what_is_there()
+            self.collector.add_what_is_there()
             self._close_record()
         self.taps.step_ended()
         self._prepare()
 
+    def _look_for_a_skipped_step(self) -> None:
+        """Before a training pass: were gradients thrown away that no step has used?"""
+        if not self.taps.backwards or not self.clock.has_optimizer or self.clock.is_stepping:
+            return
+        if all(parameter.grad is None for parameter in self.collector.every_parameter()):
+            self.taps.gradients_were_dropped()
+
+    def _look_for_hidden_gradients(self, pairs: Pairs) -> None:
+        """At a step: did gradients flow back, and yet no parameter has one?"""
+        if self.taps.backwards and pairs and all(parameter.grad is None for _, parameter in pairs):
+            self.notices.say(
+                "the optimizer steps, but no parameter has a .grad: this engine does not expose gradients, so none are "
+                "recorded"
+            )
+
     def _are_gradients_gone(self) -> bool:
         with Unseen():
-            gradients = [p.grad for p in self._all_parameters() if p.grad is not None]
+            gradients = [p.grad for p in self.collector.every_parameter() if p.grad is not None]
             return not any(bool(gradient.count_nonzero()) for gradient in gradients[:4])
 
     # The record of a step.
 
-    def _open_record(self, index: int) -> None:
-        if self.buffer.step is None:
-            self._select()
-        self.buffer.open(index)
-
     def _close_record(self) -> None:
         step = self.buffer.step
-        pairs = [
-            (name, parameter)
-            for name, parameter in self._parameters.of()
-            if not self.buffer.has(Site("parameters", name))
-        ]
-        self._take_all(self._parameters.values(pairs))
-        record = self.buffer.close()
+        record = self.collector.close()
         self._running.clear()
         self._check_calls()
         if record is not None and step is not None:
-            self._emit(record, True, self.has_histograms(step))
+            self._emit(record, True, self._schedule.has_histograms(step))
 
     def _drop_record(self) -> None:
         self.buffer.drop()
@@ -355,35 +314,16 @@ class Session:
 
     def _take_passes(self) -> None:
         assert self.buffer.step is not None
-        for site, sketch in self.taps.collect(self.buffer.step):
-            self.buffer.add(site, sketch)
+        scale = calling_scale() if self.collector.wants_kind("activation_gradients") else None
+        self.collector.add_measured(self.taps.collect(self.buffer.step), scale)
         if self._graph_taps is not None:
-            for site, measured in self._graph_taps.collect():
-                if measured is None:
-                    self.notices.say(f"{place_of(site)} could not be measured inside the graph")
-                else:
-                    self.buffer.add(site, measured)
-
-    def _take_what_is_there(self) -> None:
-        """Gradients and parameters, where no optimizer says which are its own."""
-        pairs = self._parameters.of()
-        self._take_all(
-            (site, gradient) for site, gradient in self._parameters.gradients(pairs) if not self.buffer.has(site)
-        )
-        self._take_all((site, value) for site, value in self._parameters.values(pairs) if not self.buffer.has(site))
-
-    def _take_all(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
-        for site, tensor in tensors:
-            if self.wants(site):
-                sketch = self.take(site, tensor)
-                if sketch is not None:
-                    self.buffer.add(site, sketch)
+            self.collector.add_measured(self._graph_taps.collect(), scale)
 
     def _prepare(self) -> None:
         """Make ready for the next step: hooks where it is sampled, none where it is not."""
         if self.buffer.step is None:
-            self.clock.quiet_until = self._next_sampled(self.clock.step) - 1
-        is_next_sampled = any(self.is_sampled(step) for step in self.clock.due())
+            self.clock.quiet_until = self._schedule.next_sampled(self.clock.step) - 1
+        is_next_sampled = any(self._schedule.is_sampled(step) for step in self.clock.due())
         if self._graph_taps is not None:
             self._graph_taps.is_on = is_next_sampled
             return
@@ -398,35 +338,13 @@ class Session:
         elif not self.taps.root_called and self.clock.step > self._initial_step:
             self.taps.attach()  # the root itself is never called: a container, or `model.encode()`
 
-    # The model.
-
-    def _select(self) -> Selection:
-        model = self._model()
-        if model is None:
-            return Selection((), (), {})
-        selection = select(model, self._patterns, self._kinds)
-        self._parameters.select(selection.parameters)
-        self._sites = tuple(self._sites_of(selection))
-        return selection
-
-    def _sites_of(self, selection: Selection) -> Iterator[Site]:
-        for entry in selection.modules:
-            yield from (Site(kind, entry.name) for kind in self._kinds if kind in MODULE_KINDS)
-        for place in selection.parameters:
-            yield from (Site(kind, place.name) for kind in self._kinds if kind not in MODULE_KINDS)
-
-    def _all_parameters(self) -> list[nn.Parameter]:
-        model = self._model()
-        return list(model.parameters()) if model is not None else []
-
     def _check_calls(self) -> None:
         """After the first sampled step: name the modules that were selected and never called."""
-        if self._are_calls_checked or "activations" not in self._kinds:
+        if self._are_calls_checked or not self.collector.wants_kind("activations"):
             return
         self._are_calls_checked = True
-        selected = [site.name for site in self._sites if site.kind == "activations"]
         called = self.taps.called if self._graph_taps is None else self._graph_taps.called()
-        missing = [name for name in selected if name not in called]
+        missing = [name for name in self.collector.watched_modules() if name not in called]
         if self.taps.is_root_traced:
             self.inside_graph(missing)
         self.notices.inside_graph(name for name in missing if name in self._inside_graph)

@@ -221,7 +221,7 @@ class Watcher:
     @property
     def sites(self) -> tuple[Site, ...]:
         """What is watched: (kind, name) pairs."""
-        return self._session.sites if self._session is not None else ()
+        return self._session.collector.sites if self._session is not None else ()
 
     @property
     def current_step(self) -> int:

@@ -190,6 +190,10 @@ class Taps:
             forward.taken = []
         return taken
 
+    def gradients_were_dropped(self) -> None:
+        """Gradients are gone though no step used them: a step was skipped, and what its passes yielded counts not."""
+        self._waiting = [forward for forward in self._waiting if forward.has_gradient is not True]
+
     def step_ended(self) -> None:
         """A step is over; backward passes are counted anew."""
         self.backwards = 0
