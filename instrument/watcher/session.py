@@ -333,9 +333,9 @@ class Session:
             self.taps.watch_root()
         else:
             self.taps.leave_root()
-        if not is_next_sampled:
-            self.taps.detach()
-        elif not self.taps.root_called and self.clock.step > self._initial_step:
+        # Attached anew for each step: modules may have come, and hooks of the user's that change an output come first.
+        self.taps.detach()
+        if is_next_sampled and not self.taps.root_called and self.clock.step > self._initial_step:
             self.taps.attach()  # the root itself is never called: a container, or `model.encode()`
 
     def _check_calls(self) -> None:
