@@ -113,7 +113,8 @@ def children_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
     """The module's own dictionary of parameters; reading its attributes may compute, as under `spectral_norm`."""
-    return module._parameters
+    own: Any = module._parameters
+    return own if isinstance(own, dict) else dict(own.items())  # script modules have a wrapper of another kind
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -39,13 +39,15 @@ __all__ = [
 
 
 class ForwardPass:
-    """What one forward pass of the root yielded so far, with the activation gradients that followed it."""
+    """What one forward pass yielded so far, with the activation gradients that followed it."""
 
-    __slots__ = ("complete", "has_gradient", "in_backward", "step", "taken", "ungraded")
+    __slots__ = ("complete", "has_gradient", "in_backward", "is_loose", "step", "taken", "ungraded")
 
     def __init__(self, in_backward: bool = False) -> None:
         self.in_backward = in_backward
         """Whether the pass is a recomputation whose first pass was not recorded."""
+        self.is_loose = False
+        """Whether it is the call of one module by itself, outside of any call of the root."""
         self.step: int | None = None
         """The step that first looked at the pass when that was complete."""
         self.complete = False

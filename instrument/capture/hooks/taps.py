@@ -42,7 +42,7 @@ __all__ = ["PassListener", "Taps"]
 
 _Attached: TypeAlias = "tuple[ModuleHook, RemovableHandle]"
 
-WAITING_PASSES = 256
+WAITING_PASSES = 4096
 """Forward passes that may wait for their backward; of more, the oldest are given up."""
 
 
@@ -102,7 +102,6 @@ class Taps:
         self._leaf_handles: list[RemovableHandle] = []
         self._open: dict[int, ForwardPass] = {}
         self._waiting: list[ForwardPass] = []
-        self._loose = _loose_pass()
 
     def watch_root(self) -> None:
         """Have the root report when it is called; does nothing where it does so already."""
@@ -176,16 +175,16 @@ class Taps:
         Returns:
             Site and what `take` gave for it.
         """
-        if not self._waiting and not self._loose.taken:
+        if not self._waiting:
             return []
         for forward in self._waiting:
             if forward.complete and forward.step is None:
                 forward.step = step
         self._waiting = [forward for forward in self._waiting if forward.step is None or forward.step >= step]
         complete = [forward for forward in self._waiting if forward.complete]
-        confirmed = [forward for forward in complete if forward.has_gradient is not False] or complete
+        confirmed = [forward for forward in complete if forward.has_gradient is not False]
         taken: list[tuple[Site, Any]] = []
-        for forward in (*confirmed, self._loose):
+        for forward in confirmed or [forward for forward in complete if not forward.is_loose]:
             taken += forward.taken
             forward.taken = []
         return taken
@@ -231,7 +230,7 @@ class Taps:
             # In backward without a pass that it belongs to: the root itself is under reentrant checkpointing, and
             # its first pass ran without gradients.
             self._open[thread] = forward = ForwardPass(recomputes)
-            self._waiting = [*self._waiting[1 - WAITING_PASSES :], forward]
+            self._wait(forward)
 
     def root_ends(self, output: Any) -> None:
         """The root has returned: the pass is complete, and waits for its backward."""
@@ -241,22 +240,30 @@ class Taps:
         forward = self._open.pop(threading.get_ident(), None)
         if forward is None or has_failed:
             return
+        try:
+            self._complete(output, forward)
+        except Exception as error:
+            self._listener.failed("the model's output", error)
+
+    def _wait(self, forward: ForwardPass) -> None:
+        self._waiting = [*self._waiting[1 - WAITING_PASSES :], forward]
+
+    def _complete(self, output: Any, forward: ForwardPass) -> None:
+        """A pass is complete; a hook on what it returned will tell whether gradients flow back."""
         forward.complete = True
         forward.has_gradient = True if forward.in_backward else None
         if forward.in_backward:
             self.backwards += 1
             return
-        try:
-            for _, tensor in named_tensors(output):
-                if tensor.requires_grad:
-                    self._hook_tensor(tensor, Confirmation(self, forward))
-                    forward.has_gradient = False
-        except Exception as error:
-            self._listener.failed("the model's output", error)
+        for _, tensor in named_tensors(output):
+            if tensor.requires_grad:
+                self._hook_tensor(tensor, Confirmation(self, forward))
+                forward.has_gradient = False
 
     def backward_starts(self, forward: ForwardPass) -> None:
         """Gradients flow back through the root's output of this pass."""
-        self.in_backward_of = forward
+        if not forward.is_loose:
+            self.in_backward_of = forward
         if not forward.has_gradient:
             forward.has_gradient = True
             self.backwards += 1
@@ -271,11 +278,15 @@ class Taps:
             if in_backward() and (forward is None or not forward.in_backward):
                 self._hook_recomputed(name, output)
                 return
-            if forward is None:
-                if not (module.training and torch.is_grad_enabled()):
-                    return
-                forward = self._loose
-            self._take(name, output, forward)
+            if forward is not None:
+                self._take(name, output, forward)
+            elif module.training and torch.is_grad_enabled():
+                # Called by itself, outside of any call of the root: a pass of its own.
+                forward = ForwardPass()
+                forward.is_loose = True
+                self._wait(forward)
+                self._take(name, output, forward)
+                self._complete(output, forward)
         except Exception as error:
             self._listener.failed(name, error)
 
@@ -316,11 +327,3 @@ class Taps:
         handle = tensor.register_hook(hook)
         if tensor.is_leaf:  # a leaf outlives the step, and with it our hook would
             self._leaf_handles.append(handle)
-
-
-def _loose_pass() -> ForwardPass:
-    """A pass for modules that are called by themselves, outside of any call of the root."""
-    forward = ForwardPass()
-    forward.complete = True
-    forward.has_gradient = None
-    return forward
