@@ -114,10 +114,17 @@ def named_modules(model: nn.Module) -> list[ModuleEntry]:
         if not name:
             root = module
         found.setdefault(name, (module, is_inside))
-    root_name = type(root).__name__
+    root_name = _class_name(root)
     if root_name in found:
         root_name = f"({root_name})"
     return [ModuleEntry(name or root_name, module, not name, is_inside) for name, (module, is_inside) in found.items()]
+
+
+def _class_name(module: nn.Module) -> str:
+    """The name of a module's class as the user wrote it; `fully_shard` puts a class of its own before that."""
+    kind = type(module)
+    first, *others = kind.__bases__
+    return others[0].__name__ if first.__name__ == "FSDPModule" and others else kind.__name__
 
 
 def _walk(
