@@ -6,6 +6,7 @@
   * `SelectionError` (also `ValueError`): globs that select nothing
   * `UnmeasurableError` (also `TypeError`): a tensor whose values cannot be read, such as a meta tensor
   * `RunError`: a run directory or event file that cannot be read or made
+  * `RanksError`: the processes of a distributed training do not act together
   * `LaunchError`: TensorBoard could not be started
 
 * `InstrumentWarning`: everything this library warns about; silence it with
@@ -22,6 +23,7 @@ __all__ = [
     "InstrumentError",
     "InstrumentWarning",
     "LaunchError",
+    "RanksError",
     "RunError",
     "SelectionError",
     "UnmeasurableError",
@@ -47,6 +49,10 @@ class UnmeasurableError(InstrumentError, TypeError):
 
 class RunError(InstrumentError):
     """A run directory or an event file that cannot be read or made."""
+
+
+class RanksError(InstrumentError):
+    """The processes of a distributed training do not act together; the message names the ranks."""
 
 
 class LaunchError(InstrumentError):

@@ -19,6 +19,8 @@
 | children and parameters of a module, without computing | `Module._modules`, `Module._parameters` | (older than all versions we support) |
 | how often a tensor was changed in place | `Tensor._version` | (older than all versions we support) |
 | hooks of the user's on a parameter | `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks` | (the second: none) |
+| flat parameters of FSDP1 | `FullyShardedDataParallel._handle` and attributes of its `flat_param` | shards count as copies: not said to be shards, and not added up over ranks |
+| the store that ranks meet at | `torch.distributed.distributed_c10d._get_default_store` | `ranks="merge"` is refused |
 | our own writer behind torch's | `SummaryWriter._get_file_writer` | torch's slow writer is used; see `instrument.record.writer` |
 
 Why hiding matters: an operation of ours that selective activation checkpointing can see shifts its count of
@@ -42,6 +44,7 @@ __all__ = [
     "calling_scale",
     "can_hide",
     "children_of",
+    "flat_parameters",
     "has_hooks",
     "in_backward",
     "in_compiled_call",
@@ -49,6 +52,7 @@ __all__ = [
     "is_compiled",
     "is_fake",
     "is_tracing",
+    "meeting_store",
     "never_compile",
     "never_compile_code",
     "parameters_of",
@@ -231,6 +235,37 @@ def runs_within_another_step() -> bool:
     """Whether the optimizer's `step()` that is calling this hook was called by that of an optimizer itself."""
     inner = _step_frame(sys._getframe(1))
     return inner is not None and _step_frame(inner.f_back) is not None
+
+
+def flat_parameters(model: torch.nn.Module) -> dict[int, tuple[bool | None, bool, bool, int]]:
+    """The parameters that FSDP1 manages in a model, by identity.
+
+    Returns:
+        For each: whether its values belong into a sum over the ranks, whether it is a shard, whether that is empty,
+        and how many elements at its end are padding.
+    """
+    found: dict[int, tuple[bool | None, bool, bool, int]] = {}
+    for module in model.modules():
+        if type(module).__name__ != "FullyShardedDataParallel":
+            continue
+        handle = getattr(module, "_handle", None)
+        flat = getattr(handle, "flat_param", None)
+        if flat is None or not getattr(handle, "uses_sharded_strategy", False):
+            continue
+        # Under hybrid sharding each group of ranks has a whole copy; the first one counts.
+        between = getattr(module, "_inter_node_pg", None)
+        is_counted = between is None or torch.distributed.get_rank(between) == 0
+        is_used_directly = getattr(flat, "_params", None) is None
+        for parameter in (flat,) if is_used_directly else flat._params:
+            padding = min(getattr(flat, "_shard_numel_padded", 0), parameter.numel()) if is_used_directly else 0
+            found[id(parameter)] = (is_counted, True, parameter.numel() == padding, padding)
+    return found
+
+
+def meeting_store() -> Any:
+    """The key-value store that the ranks of the default process group share; None where it cannot be had."""
+    find = _lookup("torch.distributed.distributed_c10d._get_default_store")
+    return find() if find is not None else None
 
 
 class Unseen:

@@ -12,11 +12,13 @@ from torch import nn
 from instrument.capture.names import MODULE_KINDS, ModuleEntry, Selection, Site, select
 from instrument.capture.parameters import Parameters
 from instrument.capture.patterns import Patterns
+from instrument.capture.shards import Shards
 from instrument.config import Config
 from instrument.errors import UnmeasurableError
 from instrument.measure.custom_op import measure
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import Buffer, StepRecord
+from instrument.record.ranks.group import position
 from instrument.torch_private import version_of
 from instrument.watcher.notices import Notices, place_of
 
@@ -45,6 +47,10 @@ class Collector:
         self._notices = notices
         self._sites: tuple[Site, ...] = ()
         self._outputs: dict[Site, dict[Site, None]] = {}
+        self._ranks = config.ranks
+        self._place = position()
+        self.shards = Shards() if self._place.world > 1 else None
+        """What of each tensor lies on this rank; None where there is one rank alone."""
         self._last: tuple[weakref.ref[torch.Tensor], int, Sketch] | None = None
         self.select()
 
@@ -72,6 +78,8 @@ class Collector:
             return ()
         selection = select(model, self._patterns, self._kinds)
         self.parameters.select(selection.parameters)
+        if self.shards is not None:
+            self.shards.select(model, selection.parameters)
         self._sites = tuple(self._sites_of(selection))
         return selection.modules
 
@@ -89,6 +97,8 @@ class Collector:
     def take(self, site: Site, tensor: torch.Tensor) -> Sketch | None:
         """Measure a tensor; None where that cannot be done."""
         try:
+            if self.shards is not None:
+                tensor = self.shards.own(site, tensor)
             sketch = self._measure(tensor)
         except UnmeasurableError as error:
             self._notices.say(f"{place_of(site)} are not measured: {error}")
@@ -110,6 +120,21 @@ class Collector:
         if type(tensor) is torch.Tensor and not tensor.is_inference():  # parameters must not be referred to weakly
             self._last = (weakref.ref(tensor), version_of(tensor), sketch)
         return sketch
+
+    def is_counted(self, site: Site) -> bool | None:
+        """Whether what this rank measures at a site belongs into a sum over ranks; None where it cannot tell."""
+        return self.shards.is_counted(site) if self.shards is not None else True
+
+    def tell_of_ranks(self) -> None:
+        """Say where what is recorded is one part of several."""
+        if self.shards is None:
+            if position().world > 1:
+                self._notices.say(
+                    "watch() was called before init_process_group(), so every rank measures and writes a run of its "
+                    "own; call it afterwards"
+                )
+        elif self._ranks != "merge":
+            self._notices.sharded(self.shards.sharded(), self.shards.empty(), self._place.rank, self._place.world)
 
     def open(self, step: int) -> None:
         """Begin the record of a step, or go on with it."""

@@ -65,6 +65,15 @@ class Notices:
                 'complete; watch(..., compiled="eager") or "graph" observes them'
             )
 
+    def sharded(self, names: list[str], empty: list[str], rank: int, world: int) -> None:
+        """Say which parameters are seen in part."""
+        if names:
+            without = f"; nothing of {_listed(empty)} lies here" if empty else ""
+            self.say(
+                f"values are those of one shard of several, rank {rank}'s of {world}, for {_listed(names)}{without}; "
+                'watch(..., ranks="merge") sees all'
+            )
+
 
 def _listed(names: Iterable[str]) -> str:
     """Names behind commas, the first of many."""

@@ -339,10 +339,13 @@ class Session:
             self.taps.attach()  # the root itself is never called: a container, or `model.encode()`
 
     def _check_calls(self) -> None:
-        """After the first sampled step: name the modules that were selected and never called."""
-        if self._are_calls_checked or not self.collector.wants_kind("activations"):
+        """After the first sampled step: say what is seen in part, and which selected modules were never called."""
+        if self._are_calls_checked:
             return
         self._are_calls_checked = True
+        self.collector.tell_of_ranks()
+        if not self.collector.wants_kind("activations"):
+            return
         called = self.taps.called if self._graph_taps is None else self._graph_taps.called()
         missing = [name for name in self.collector.watched_modules() if name not in called]
         if self.taps.is_root_traced:

@@ -1,0 +1,85 @@
+"""A sink before the sink: records are merged over the ranks in the background, and rank 0 writes them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from instrument.errors import RanksError
+from instrument.record.buffer import StepRecord
+from instrument.record.ranks.group import PATIENCE_SECONDS
+from instrument.record.ranks.merging import RecordMerger
+from instrument.record.worker import Worker
+from instrument.record.writer import BYTES_PER_SKETCH, RecordSink
+
+__all__ = ["MergingSink"]
+
+
+class MergingSink:
+    """Merges each record over the ranks before it is written.
+
+    Where a rank is gone or at another step, that is told once, and from then on each rank keeps its own records.
+
+    Args:
+        inner: What writes merged records; None on the ranks that do not write.
+        merger: Merges a record.
+        history: Merged records kept.
+        tell: Told in one sentence when merging comes to its end early.
+    """
+
+    def __init__(
+        self, inner: RecordSink | None, merger: RecordMerger, history: int, tell: Callable[[str], None]
+    ) -> None:
+        self.history: deque[StepRecord] = deque(maxlen=history)
+        """The last merged records, oldest first."""
+        self._inner = inner
+        self._merger: RecordMerger | None = merger
+        self._tell = tell
+        self._worker = Worker("instrument-ranks", self._stop)
+
+    def write(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
+        """Merge a record and write it; returns at once."""
+        self._worker.submit(lambda: self._write(record, scalars, histograms), BYTES_PER_SKETCH * len(record))
+
+    def _write(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
+        if self._merger is not None:
+            try:
+                record = self._merger.merge(record)
+            except Exception as error:
+                self._stop(error)
+        self._keep(record)
+        if self._inner is not None:
+            self._inner.write(record, scalars, histograms)
+
+    def _keep(self, record: StepRecord) -> None:
+        if self.history and self.history[-1].step == record.step:  # a second optimizer came late
+            earlier = self.history.pop()
+            record = StepRecord(record.step, {**earlier, **record}, record.wall_time, record.skipped)
+        self.history.append(record)
+
+    def _stop(self, error: Exception) -> None:
+        self._merger = None
+        reason = str(error) if isinstance(error, RanksError) else f"{type(error).__name__}: {error}"
+        self._tell(f"sketches are no longer merged over the ranks: {reason}; what follows is of this rank alone")
+
+    def text(self, tag: str, build: Callable[[], str], step: int) -> None:
+        """Write a text after the records before it; returns at once."""
+        inner = self._inner
+        if inner is not None:
+            self._worker.submit(lambda: inner.text(tag, build, step), BYTES_PER_SKETCH)
+
+    def settle(self) -> None:
+        """Return when the records written before are merged."""
+        self._worker.flush(2 * PATIENCE_SECONDS)
+
+    def flush(self) -> None:
+        """Return when what was written is merged, and on disk if the writer is ours."""
+        self.settle()
+        if self._inner is not None:
+            self._inner.flush()
+
+    def close(self) -> None:
+        """Flush, and close the writer if it is ours."""
+        self._worker.close(2 * PATIENCE_SECONDS)
+        if self._inner is not None:
+            self._inner.close()

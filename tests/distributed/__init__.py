@@ -1,0 +1,1 @@
+"""Several processes on gloo: what is measured, merged and written by which."""
