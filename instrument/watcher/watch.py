@@ -258,8 +258,7 @@ class Watcher:
 
     def _records(self) -> tuple[StepRecord, ...]:
         if isinstance(self._sink, MergingSink):
-            self._sink.settle()
-            return tuple(self._sink.history)
+            return self._sink.records()
         return tuple(self._session.buffer.history) if self._session is not None else ()
 
     @property

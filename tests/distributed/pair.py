@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import tempfile
 import traceback
@@ -41,6 +42,7 @@ class Pair:
         answers, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             assert pipe.poll(PATIENCE_SECONDS), f"rank {rank} does not answer"
+            assert self._processes[rank].is_alive(), f"rank {rank} ended with {self._processes[rank].exitcode}"
             failure, answer = pipe.recv()
             answers.append(answer)
             if failure is not None:
@@ -59,6 +61,7 @@ class Pair:
 
 
 def _serve(rank: int, pipe: Any) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     while (task := pipe.recv()) is not None:
         function, meeting, args = task

@@ -174,3 +174,23 @@ def test_watching_before_the_process_group_is_said(pair: Pair, tmp_path: Path) -
             "watch() was called before init_process_group(), so every rank measures and writes a run of its own; call "
             "it afterwards",
         )
+
+
+def look_on_first_only(rank: int, logdir: str) -> tuple[int, tuple[str, ...]]:
+    model = network()
+    watcher = instrument.watch(model, ranks="merge", interval=1, logdir=logdir, strict=True)
+    wrapped = DistributedDataParallel(model)
+    for _ in range(3):
+        train(wrapped, rank, steps=1)
+        if rank == 0:
+            assert watcher.report() is not None
+            assert len(watcher.history) <= watcher.current_step
+    watcher.flush()
+    found = len(watcher.history), watcher.notices
+    watcher.close()
+    return found
+
+
+def test_a_look_that_one_rank_takes_alone_does_no_harm(pair: Pair, tmp_path: Path) -> None:
+    """Rank 0 may print a report in its loop although the others are waiting for it: merging goes on."""
+    assert pair.run(look_on_first_only, str(tmp_path)) == [(3, ()), (3, ())]

@@ -14,6 +14,13 @@ from instrument.record.writer import BYTES_PER_SKETCH, RecordSink
 
 __all__ = ["MergingSink"]
 
+LOOK_PATIENCE_SECONDS = 1.0
+"""How long a look at the history waits for other ranks. One that only rank 0 takes must not wait for a record that
+another rank closes when it goes on, since that may be waiting for rank 0 in a collective of the training."""
+
+FLUSH_PATIENCE_SECONDS = 10.0
+"""The same for flushing; below the patience of the reductions, so that they outlast it."""
+
 
 class MergingSink:
     """Merges each record over the ranks before it is written.
@@ -68,13 +75,18 @@ class MergingSink:
         if inner is not None:
             self._worker.submit(lambda: inner.text(tag, build, step), BYTES_PER_SKETCH)
 
-    def settle(self) -> None:
-        """Return when the records written before are merged."""
-        self._worker.flush(2 * PATIENCE_SECONDS)
+    def records(self) -> tuple[StepRecord, ...]:
+        """The merged records, oldest first; the last may be missing where other ranks are not that far."""
+        self._worker.flush(LOOK_PATIENCE_SECONDS)
+        return tuple(self.history)
 
     def flush(self) -> None:
-        """Return when what was written is merged, and on disk if the writer is ours."""
-        self.settle()
+        """Return when what was written is merged, and on disk if the writer is ours; told where ranks lag behind."""
+        if not self._worker.flush(FLUSH_PATIENCE_SECONDS):
+            self._tell(
+                f"another rank has not reached this step within {FLUSH_PATIENCE_SECONDS:.0f} s of flush(): its record "
+                "is written when it has; call flush() on every rank"
+            )
         if self._inner is not None:
             self._inner.flush()
 
