@@ -26,6 +26,7 @@ from instrument.errors import ConfigError
 __all__ = [
     "COMPILED_MODES",
     "CONFIG_ENVIRONMENT_VARIABLE",
+    "FUNCTIONS",
     "KINDS",
     "RANKS_MODES",
     "SECTIONS",
@@ -54,6 +55,28 @@ SECTIONS = {
 KINDS = tuple(SECTIONS)
 COMPILED_MODES = ("outside", "graph", "eager")
 RANKS_MODES = ("first", "merge", "each")
+FUNCTIONS = (
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "gelu",
+    "gelu_tanh",
+    "quick_gelu",
+    "silu",
+    "swish",
+    "mish",
+    "tanh",
+    "sigmoid",
+    "softplus",
+    "elu",
+    "celu",
+    "selu",
+    "hardtanh",
+    "hardswish",
+    "hardsigmoid",
+    "logsigmoid",
+)
+"""Nonlinearities that may stand behind a module as a function; `instrument.measure.slopes` knows their slopes."""
 
 
 def _as_text(value: object, allowed: str = "a text that is not empty") -> str:
@@ -92,7 +115,10 @@ def _as_functions(value: object) -> Mapping[str, str]:
         raise ConfigError(f"found {value!r}, allowed is a mapping from globs to names of nonlinearities")
     for pattern, function in value.items():
         _as_text(pattern, "a glob as key")
-        _as_text(function, "the name of a nonlinearity as value, such as 'gelu'")
+        try:
+            _as_choice(function, FUNCTIONS)
+        except ConfigError as error:
+            raise ConfigError(f"{pattern!r}: {error}") from None
     return dict(value)
 
 

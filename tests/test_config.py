@@ -100,7 +100,9 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("compiled", 1, "allowed is one of 'outside', 'graph', 'eager'"),
     ("ranks", "all", "found 'all', allowed is one of 'first', 'merge', 'each'"),
     ("functions", ["gelu"], "found ['gelu'], allowed is a mapping from globs to names of nonlinearities"),
-    ("functions", {"fc": 3}, "found 3, allowed is the name of a nonlinearity as value, such as 'gelu'"),
+    ("functions", {"fc": 3}, "'fc': found 3, allowed is one of 'relu', 'relu6'"),
+    ("functions", {"blocks.*.fc1": "gelo"}, "found 'gelo', allowed is one of 'relu', 'relu6'"),
+    ("functions", {"blocks.*.fc1": "gelo"}, "did you mean 'gelu'?"),
     ("history", 0, "found 0, allowed is a whole number of at least 1"),
     ("dead_window_samples", "many", "found 'many', allowed is a whole number of at least 1"),
 ]

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from instrument.errors import UnmeasurableError
 from instrument.torch_private import is_fake
 
-__all__ = ["Values", "chunks", "readable"]
+__all__ = ["Values", "chunks", "readable", "whole"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SPARSE = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -65,12 +65,7 @@ def readable(tensor: torch.Tensor) -> Values:
         dense_size = tensor.numel()
         tensor = _stored_values(tensor)
         implied_zeros = dense_size - tensor.numel()
-    if tensor.dtype in _PACKED:
-        raise UnmeasurableError(f"type {tensor.dtype} packs several values into an element")
-    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
-        raise UnmeasurableError("its storage is freed at the moment")
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
+    tensor = _with_values(tensor)
     if tensor.is_contiguous():
         return Values(tensor, 1, implied_zeros)
     repeat = 1
@@ -80,6 +75,36 @@ def readable(tensor: torch.Tensor) -> Values:
             tensor = tensor.narrow(dimension, 0, 1)
             repeat *= size
     return Values(tensor, repeat, implied_zeros)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense tensor of real floating-point values as a plain one of the same shape; call it under `Unseen`.
+
+    Args:
+        tensor: A tensor of any kind.
+
+    Returns:
+        The tensor detached; it shares the memory.
+
+    Raises:
+        UnmeasurableError: It has no such values, is sparse, or is one shard of a `DTensor`, of which nobody here knows
+            which part of the shape it is.
+    """
+    if type(tensor) not in _PLAIN and hasattr(tensor, "to_local"):
+        raise UnmeasurableError("it is a shard of a larger tensor")
+    tensor = _plain(tensor)
+    if tensor.layout is not torch.strided or not tensor.is_floating_point():
+        raise UnmeasurableError(f"it has no dense floating-point values ({tensor.dtype}, {tensor.layout})")
+    return _with_values(tensor)
+
+
+def _with_values(tensor: torch.Tensor) -> torch.Tensor:
+    """The strided tensor itself, with its negative bit resolved, or the reason why its memory holds no values."""
+    if tensor.dtype in _PACKED:
+        raise UnmeasurableError(f"type {tensor.dtype} packs several values into an element")
+    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+        raise UnmeasurableError("its storage is freed at the moment")
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,17 @@
+"""Units: what each output feature of a module did, tallied in one pass and merged exactly."""
+
+from instrument.measure.units.reduce import Extent, extent_of, tally_on_device, tally_rows, tally_units
+from instrument.measure.units.tally import BoolArray, DeviceTally, UnitTally, Witness, merge_tallies
+
+__all__ = [
+    "BoolArray",
+    "DeviceTally",
+    "Extent",
+    "UnitTally",
+    "Witness",
+    "extent_of",
+    "merge_tallies",
+    "tally_on_device",
+    "tally_rows",
+    "tally_units",
+]

@@ -1,0 +1,194 @@
+"""`UnitTally`: what the units of one module did, in a form that merges exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from instrument.measure.histogram import FloatArray, IntArray
+
+__all__ = ["BoolArray", "DeviceTally", "UnitTally", "Witness", "merge_tallies"]
+
+BoolArray: TypeAlias = "npt.NDArray[np.bool_]"
+Witness: TypeAlias = Literal["activations", "gradient rows"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnitTally:
+    """What one module's units did on some samples; tallies of the same units merge exactly.
+
+    Example:
+        >>> from instrument.measure.slopes import slopes_named
+        >>> from instrument.measure.units import tally_units
+        >>> z = torch.tensor([[-1.0, 2.0], [-3.0, -4.0]])
+        >>> tally = tally_units(z, 1, slopes_named("relu"))
+        >>> tally.samples, tally.dead_flat.tolist(), tally.flat.tolist()
+        (2, [True, False], [2, 1])
+    """
+
+    function: str | None
+    """Name of the nonlinearity whose slope is judged; None where only the range is known."""
+
+    samples: int
+    """Samples seen: rows, tokens or images."""
+
+    batches: int
+    """Calls of the module, or micro-batches, seen."""
+
+    low: FloatArray
+    """Smallest value of each unit, of shape (units,): of z for a nonlinearity, else of what the module returned; +inf
+    where there is no sample, -inf where nothing is known of it, NaN where a value was NaN."""
+
+    high: FloatArray
+    """Largest value of each unit, of shape (units,); -inf, +inf and NaN likewise."""
+
+    counted: int
+    """Samples whose flatness was counted, a strided subset; for gradient rows, steps."""
+
+    flat: IntArray
+    """Counted samples on which each unit was flat at `FLAT_SLOPE`, of shape (units,)."""
+
+    dead_flat: BoolArray
+    """Whether each unit was flat at `DEAD_SLOPE` on every sample, counted or not; False where that is not known."""
+
+    never_flat: BoolArray
+    """Whether each unit of a piecewise linear function was flat on no sample at all; False for other functions."""
+
+    square_mean: float
+    """Mean square of the values of a strided sample: the scale against which a range is about zero."""
+
+    witness: Witness = "activations"
+    """What tells: the activations, or rows of the weight's gradient that were exactly zero. Those are the same evidence
+    behind a ReLU, and need no forward hook."""
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.low.size
+
+    @classmethod
+    def empty(cls, units: int, function: str | None = None, witness: Witness = "activations") -> UnitTally:
+        """The tally of no sample at all, neutral under `merge`."""
+        low = np.full(units, math.inf)
+        always = np.ones(units, np.bool_)
+        return cls(function, 0, 0, low, -low, 0, np.zeros(units, np.int64), always, always, 0.0, witness)
+
+    def fits(self, other: UnitTally) -> bool:
+        """Whether another tally is of the same units, judged the same way, so that both can be merged."""
+        return (self.units, self.function, self.witness) == (other.units, other.function, other.witness)
+
+    def merge(self, *others: UnitTally) -> UnitTally:
+        """The tally of all samples of this tally and of others that it `fits`.
+
+        Args:
+            others: Any number of tallies.
+
+        Returns:
+            A new tally: extremes of the ranges, sums of the counts, and flat on every sample of all of them.
+
+        Example:
+            >>> from instrument.measure.units import tally_units
+            >>> UnitTally.empty(3).merge(tally_units(torch.ones(5, 3), 1, None)).samples
+            5
+        """
+        return merge_tallies((self, *others))
+
+    def to_arrays(self) -> dict[str, FloatArray | IntArray]:
+        """What ranks merge, by the operation that merges it; a rank without this tally gives that of `empty`.
+
+        Returns:
+            "min" (lows, and the two flags as 0.0 or 1.0, float64 of shape (3 * units,)), "max" (highs, float64 of shape
+            (units,)), "sum" (flat counts, then samples, batches and counted, int64 of shape (units + 3,)) and "sum of
+            squares" (float64 of shape (1,), to be summed too). MIN and MAX of NaN follow the collective in use.
+
+        Example:
+            >>> tally = UnitTally.empty(3).merge()
+            >>> UnitTally.from_arrays(tally.to_arrays(), tally.function).units
+            3
+        """
+        return {
+            "min": np.concatenate((self.low, self.dead_flat, self.never_flat), dtype=np.float64),
+            "max": self.high,
+            "sum": np.append(self.flat, (self.samples, self.batches, self.counted)),
+            "sum of squares": np.array([self.square_mean * self.samples]),
+        }
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, npt.NDArray[np.float64] | IntArray],
+        function: str | None,
+        witness: Witness = "activations",
+    ) -> UnitTally:
+        """The tally of what `to_arrays` gave, after each array was merged over ranks by the operation it is named by."""
+        low, dead_flat, never_flat = np.split(arrays["min"].astype(np.float64), 3)
+        samples, batches, counted = (int(number) for number in arrays["sum"][-3:])
+        return cls(
+            function,
+            samples,
+            batches,
+            low,
+            arrays["max"].astype(np.float64),
+            counted,
+            arrays["sum"][:-3].astype(np.int64),
+            dead_flat > 0,
+            never_flat > 0,
+            float(arrays["sum of squares"][0]) / samples if samples else 0.0,
+            witness,
+        )
+
+
+class DeviceTally:
+    """A tally that lies on a device; whoever asks for it first waits for the device.
+
+    Args:
+        numbers: What was computed, on the device.
+        make: Makes the tally of `numbers` as an array.
+    """
+
+    __slots__ = ("_make", "_numbers")
+
+    def __init__(self, numbers: torch.Tensor, make: Callable[[Any], UnitTally]) -> None:
+        self._numbers = numbers
+        self._make = make
+
+    def fetch(self) -> UnitTally:
+        """Copy the numbers to the host and make the tally of them."""
+        return self._make(self._numbers.cpu().numpy())
+
+
+def merge_tallies(tallies: Iterable[UnitTally | DeviceTally]) -> UnitTally:
+    """Merge one or more tallies; those that do not fit the last, because their module was changed, are left out.
+
+    Args:
+        tallies: At least one; what lies on a device is fetched.
+
+    Returns:
+        One tally; see `UnitTally.merge`.
+    """
+    found = [tally if isinstance(tally, UnitTally) else tally.fetch() for tally in tallies]
+    last = found[-1]
+    if len(found) == 1:
+        return last
+    found = [tally for tally in found if tally.fits(last)]
+    samples = sum(tally.samples for tally in found)
+    squares = sum(tally.square_mean * tally.samples for tally in found if tally.samples)
+    return UnitTally(
+        last.function,
+        samples,
+        sum(tally.batches for tally in found),
+        np.minimum.reduce([tally.low for tally in found]),
+        np.maximum.reduce([tally.high for tally in found]),
+        sum(tally.counted for tally in found),
+        np.add.reduce([tally.flat for tally in found]),
+        np.logical_and.reduce([tally.dead_flat for tally in found]),
+        np.logical_and.reduce([tally.never_flat for tally in found]),
+        squares / samples if samples else 0.0,
+        last.witness,
+    )
