@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from instrument.capture.patterns import Patterns
+from instrument.capture.patterns import Pattern, Patterns
 from instrument.errors import SelectionError
 from instrument.torch_private import children_of, is_compiled, parameters_of
 
@@ -19,14 +19,20 @@ __all__ = [
     "ParameterEntry",
     "Selection",
     "Site",
+    "check_functions",
     "check_selection",
+    "is_leaf",
     "named_modules",
     "named_parameters",
     "select",
+    "unwrapped",
 ]
 
 WRAPPER_PARTS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Levels of a name that wrappers add: DDP and DataParallel, compile, FSDP1, activation checkpointing."""
+
+PARAMETRIZATIONS = "parametrizations"
+"""Name of the child under which `torch.nn.utils.parametrize` keeps what works out a module's parameters."""
 
 MODULE_KINDS = frozenset({"activations", "activation_gradients"})
 PARAMETER_KINDS = frozenset({"parameters", "gradients", "updates"})
@@ -84,6 +90,10 @@ class Selection:
     parameters: tuple[ParameterEntry, ...]
     aliases: dict[str, str]
     """Further name of a tied parameter or shared module, to the name under which it is recorded."""
+
+    last_layer: str | None = None
+    """Name of the module that gives the model's output, as far as the order of registration tells: the last one that
+    has parameters and no children, selected or not."""
 
     def names(self) -> list[str]:
         """Every name that leads to something selected, further names included."""
@@ -206,7 +216,35 @@ def select(model: nn.Module, patterns: Patterns, kinds: Iterable[str]) -> Select
                 else:
                     taken[id(parameter)] = place.name
                     parameters.append(place)
-    return Selection(tuple(modules), tuple(parameters), aliases)
+    last_layer = next((entry.name for entry in reversed(entries) if _is_layer(entry.module)), None)
+    return Selection(tuple(modules), tuple(parameters), aliases, last_layer)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What a module wraps, where it is a wrapper, else the module itself.
+
+    Example:
+        >>> unwrapped(nn.ReLU())
+        ReLU()
+    """
+    *_, innermost = _with_wrapped(module)
+    return innermost
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module has no children, but for those that work out its parameters.
+
+    Example:
+        >>> is_leaf(nn.utils.parametrizations.weight_norm(nn.Linear(2, 1)))
+        True
+    """
+    return all(name == PARAMETRIZATIONS for name, _ in children_of(module))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module has no children, and parameters of its own or parametrized ones."""
+    module = unwrapped(module)
+    return is_leaf(module) and bool(children_of(module) or any(p is not None for p in parameters_of(module).values()))
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -252,6 +290,26 @@ def check_selection(model: nn.Module, patterns: Patterns, kinds: tuple[str, ...]
         if not any(pattern.may_match_output_of(name) for name in selected)
     ]
     return selection, notes
+
+
+def check_functions(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Refuse a glob of `functions` that matches no module.
+
+    Args:
+        model: The model that is to be watched.
+        patterns: The globs, over names of modules.
+
+    Raises:
+        SelectionError: A glob that matches no name, with the nearest names.
+
+    Example:
+        >>> check_functions(nn.Sequential(nn.Linear(2, 1)), ["0"])
+    """
+    names = [entry.name for entry in named_modules(model)]
+    for text in patterns:
+        pattern = Pattern(text)
+        if not any(pattern.matches(name) for name in names):
+            raise SelectionError(f"functions={text!r} matches no module{_nearest(pattern.body, names)}")
 
 
 def _empty_message(entries: list[ModuleEntry], patterns: Patterns, kinds: tuple[str, ...]) -> str:

@@ -1,19 +1,54 @@
-"""The buffer: sketches of the step that goes on, and the records of the last steps."""
+"""The buffer: sketches and tallies of the step that goes on, and the records of the last steps."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from instrument.capture.names import Site
 from instrument.measure.sketch import Sketch, merge_all
+from instrument.measure.units import DeviceTally, UnitTally, merge_tallies
 from instrument.record.tags import tag_of
 
 __all__ = ["Buffer", "StepRecord"]
 
 MERGE_AFTER = 8
-"""Sketches of one site that are kept apart before they are merged: micro-batches must not pile up."""
+"""Sketches or tallies of one site that are kept apart before they are merged: micro-batches must not pile up."""
+
+
+NO_UNITS: Mapping[str, UnitTally] = MappingProxyType({})
+
+
+class _Tallies(Mapping[str, UnitTally]):
+    """Tallies of one step, merged when they are asked for: those on a device are waited for then, by whoever asks."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Mapping[str, list[UnitTally | DeviceTally]]) -> None:
+        self._parts = dict(parts)
+
+    def __getitem__(self, name: str) -> UnitTally:
+        merged = merge_tallies(self._parts[name])
+        self._parts[name] = [merged]
+        return merged
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def without(self, names: Iterable[str]) -> _Tallies:
+        """Those of other names."""
+        left_out = frozenset(names)
+        return _Tallies({name: parts for name, parts in self._parts.items() if name not in left_out})
+
+    def beside(self, others: Mapping[str, UnitTally]) -> _Tallies:
+        """These and others of the same step."""
+        earlier = others._parts if isinstance(others, _Tallies) else {}
+        return _Tallies({**earlier, **self._parts})
 
 
 class StepRecord(Mapping[str, Sketch]):
@@ -24,6 +59,7 @@ class StepRecord(Mapping[str, Sketch]):
         sketches: Tag to sketch.
         wall_time: Seconds since 1970 at which the step ended.
         skipped: Whether the optimizer left the parameters as they were, because a gradient scaler found Inf.
+        units: Module name to what its units did; parameter name, where rows of its gradient tell that.
 
     Example:
         >>> from instrument import measure
@@ -33,12 +69,20 @@ class StepRecord(Mapping[str, Sketch]):
         (3, 1.0)
     """
 
-    __slots__ = ("_sketches", "skipped", "step", "wall_time")
+    __slots__ = ("_sketches", "skipped", "step", "units", "wall_time")
 
-    def __init__(self, step: int, sketches: Mapping[str, Sketch], wall_time: float, skipped: bool = False) -> None:
+    def __init__(
+        self,
+        step: int,
+        sketches: Mapping[str, Sketch],
+        wall_time: float,
+        skipped: bool = False,
+        units: Mapping[str, UnitTally] = NO_UNITS,
+    ) -> None:
         self.step = step
         self.skipped = skipped
         self.wall_time = wall_time
+        self.units = units
         self._sketches = dict(sketches)
 
     def __getitem__(self, tag: str) -> Sketch:
@@ -63,13 +107,14 @@ class Buffer:
 
     def __init__(self, history: int) -> None:
         self.history: deque[StepRecord] = deque(maxlen=history)
-        """The last records, oldest first."""
+        """The last records, oldest first; the newest alone still has its tallies, which are the larger part."""
         self.step: int | None = None
         """Number of the step that is collected; None between steps."""
         self.skipped = False
         """Whether the optimizer skipped this step."""
         self._wall_time = 0.0
         self._parts: dict[Site, list[Sketch]] = {}
+        self._units: dict[str, list[UnitTally | DeviceTally]] = {}
 
     def open(self, step: int) -> None:
         """Begin to collect a step, or go on with it."""
@@ -85,9 +130,26 @@ class Buffer:
         if len(parts) > MERGE_AFTER:
             parts[:] = [merge_all(parts)]
 
+    def add_units(self, name: str, tally: UnitTally | DeviceTally) -> None:
+        """Add a tally of a module's units to the step; tallies of one name are merged."""
+        parts = self._units.setdefault(name, [])
+        parts.append(tally)
+        if len(parts) > MERGE_AFTER and not any(isinstance(part, DeviceTally) for part in parts):
+            parts[:] = [merge_tallies(parts)]
+
+    def units(self) -> tuple[str, ...]:
+        """Names of which the step has a tally."""
+        return tuple(self._units)
+
+    def samples_of(self, name: str) -> int:
+        """How many samples the step has of a module's units, as far as that is known without waiting."""
+        return sum(tally.samples for tally in self._units.get(name, ()) if isinstance(tally, UnitTally))
+
     def discard(self, site: Site) -> None:
         """Forget what the step has of this site."""
         self._parts.pop(site, None)
+        if site.kind == "gradients":
+            self._units.pop(site.name, None)
 
     def has(self, site: Site) -> bool:
         """Whether the step has a sketch of this site."""
@@ -97,6 +159,7 @@ class Buffer:
         """Forget what was collected of the step."""
         self.step = None
         self._parts.clear()
+        self._units.clear()
 
     def close(self) -> StepRecord | None:
         """End the step and keep its record.
@@ -107,15 +170,19 @@ class Buffer:
         Returns:
             What is new and is to be written, or None where nothing was collected.
         """
-        step, parts = self.step, self._parts
-        self.step, self._parts = None, {}
+        step, parts, units = self.step, self._parts, _Tallies(self._units)
+        self.step, self._parts, self._units = None, {}, {}
         if step is None or not parts:
             return None
         sketches = {tag_of(site): merge_all(sketches) for site, sketches in parts.items()}
-        if self.history and self.history[-1].step == step:
-            earlier = self.history.pop()
-            sketches = {tag: sketch for tag, sketch in sketches.items() if tag not in earlier}
-            self.history.append(StepRecord(step, {**earlier, **sketches}, self._wall_time, self.skipped))
-        else:
-            self.history.append(StepRecord(step, sketches, self._wall_time, self.skipped))
-        return StepRecord(step, sketches, self._wall_time, self.skipped) if sketches else None
+        kept, kept_units = sketches, units
+        newest = self.history[-1] if self.history else None
+        if newest is not None and newest.step == step:
+            self.history.pop()
+            sketches = {tag: sketch for tag, sketch in sketches.items() if tag not in newest}
+            units = units.without(newest.units)
+            kept, kept_units = {**newest, **sketches}, units.beside(newest.units)
+        elif newest is not None:
+            newest.units = NO_UNITS
+        self.history.append(StepRecord(step, kept, self._wall_time, self.skipped, kept_units))
+        return StepRecord(step, sketches, self._wall_time, self.skipped, units) if sketches else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -17,15 +17,20 @@ from instrument.config import Config
 from instrument.errors import UnmeasurableError
 from instrument.measure.custom_op import measure
 from instrument.measure.sketch import Sketch
+from instrument.measure.units import DeviceTally, UnitTally
 from instrument.record.buffer import Buffer, StepRecord
 from instrument.record.ranks.group import position
 from instrument.torch_private import version_of
 from instrument.watcher.notices import Notices, place_of
+from instrument.watcher.units import UnitJudge
 
 __all__ = ["Collector", "Pairs"]
 
 Pairs: TypeAlias = "list[tuple[str, nn.Parameter]]"
 """Names and parameters."""
+
+Measured: TypeAlias = "Sketch | UnitTally | DeviceTally | int | None"
+"""What came of looking at a tensor or at the call of a module."""
 
 
 class Collector:
@@ -51,6 +56,8 @@ class Collector:
         self._place = position()
         self.shards = Shards() if self._place.world > 1 else None
         """What of each tensor lies on this rank; None where there is one rank alone."""
+        self.units = UnitJudge(config.functions, self.wants, notices.say)
+        self._samples = 0
         self._last: tuple[weakref.ref[torch.Tensor], int, Sketch] | None = None
         self.select()
 
@@ -80,6 +87,7 @@ class Collector:
         self.parameters.select(selection.parameters)
         if self.shards is not None:
             self.shards.select(model, selection.parameters)
+        self.units.select(selection)
         self._sites = tuple(self._sites_of(selection))
         return selection.modules
 
@@ -140,11 +148,14 @@ class Collector:
         """Begin the record of a step, or go on with it."""
         if self.buffer.step is None:
             self.select()
+            self._samples = 0
         self.buffer.open(step)
 
     def close(self) -> StepRecord | None:
         """End the record, with the parameters that no optimizer has moved; None where there is nothing new."""
         self.add_missing(self.parameters.values(self.parameters.of()))
+        for name, tally in self.units.silent(self.buffer.units()):
+            self.buffer.add_units(name, tally)
         return self.buffer.close()
 
     def add(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
@@ -154,6 +165,34 @@ class Collector:
                 sketch = self.take(site, tensor)
                 if sketch is not None:
                     self.buffer.add(site, sketch)
+                if site.kind == "gradients":
+                    self._add_rows(site.name, tensor)
+
+    def _add_rows(self, parameter: str, gradient: torch.Tensor) -> None:
+        """Tally the rows of a gradient, where they are what tells of the units behind it.
+
+        Their samples are those that the module itself was seen to return, else those of the model's first output; where
+        neither was seen the step counts as one sample, which says less than there was.
+        """
+        samples = self.buffer.samples_of(parameter.rpartition(".")[0]) or self._samples or 1
+        try:
+            tally = self.units.rows(parameter, gradient, samples)
+        except Exception as error:
+            self._notices.failed(f"units of {parameter}", error)
+            return
+        if tally is not None:
+            self.buffer.add_units(parameter, tally)
+
+    def judge(self, name: str, inputs: Any, output: Any) -> tuple[Site, UnitTally | DeviceTally | int] | None:
+        """Tally the units of a module that has returned; see `UnitJudge.judge`."""
+        if self._notices.is_broken(Site("units", name)):
+            return None
+        try:
+            found = self.units.judge(name, inputs, output)
+        except Exception as error:
+            self._notices.failed(f"units of {name}", error)
+            return None
+        return (Site("units", found[0]), found[1]) if found is not None else None
 
     def add_missing(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
         """Measure those tensors into the record that it lacks."""
@@ -165,15 +204,20 @@ class Collector:
         self.add_missing(self.parameters.gradients(pairs))
         self.add_missing(self.parameters.values(pairs))
 
-    def add_measured(self, measured: Iterable[tuple[Site, Sketch | None]], scale: torch.Tensor | None) -> None:
+    def add_measured(self, measured: Iterable[tuple[Site, Measured]], scale: torch.Tensor | None) -> None:
         """Add what hooks have measured.
 
         Args:
-            measured: Site and sketch; None for what could not be measured inside of a graph.
+            measured: Site and sketch, or tally of units, or number of samples of a pass; None for what could not be
+                measured inside of a graph.
             scale: What a gradient scaler has multiplied gradients by, of shape ().
         """
         for site, sketch in measured:
-            if sketch is None:
+            if isinstance(sketch, (UnitTally, DeviceTally)):
+                self.buffer.add_units(site.name, sketch)
+            elif isinstance(sketch, int):
+                self._samples += sketch
+            elif sketch is None:
                 self._notices.say(f"{place_of(site)} could not be measured inside the graph")
             elif scale is not None and site.kind == "activation_gradients":
                 self.buffer.add(site, sketch.divided(float(scale)))

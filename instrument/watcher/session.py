@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -93,6 +93,7 @@ class Session:
         if self.is_elsewhere():
             return False
         try:
+            self.collector.units.pass_starts()
             if training:
                 self._look_for_a_silent_step()
                 self._look_for_a_skipped_step()
@@ -130,6 +131,10 @@ class Session:
     def take(self, site: Site, tensor: torch.Tensor) -> Sketch | None:
         """Measure a tensor; None where that cannot be done."""
         return self.collector.take(site, tensor)
+
+    def judge(self, name: str, inputs: Any, output: Any) -> tuple[Site, Any] | None:
+        """Tally what the units of a module did; None where nothing tells."""
+        return self.collector.judge(name, inputs, output)
 
     def failed(self, place: str, error: Exception) -> None:
         """Tell of a fault of ours; raise it in strict mode."""

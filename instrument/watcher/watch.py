@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from instrument.capture.names import Site, check_selection
+from instrument.capture.names import Site, check_functions, check_selection
 from instrument.capture.patterns import Patterns
 from instrument.config import Config, ConfigSource
 from instrument.diagnose.report import Report
+from instrument.diagnose.units import UnitStatus, UnitWindows
 from instrument.errors import RunError, warn_quietly
 from instrument.record.buffer import StepRecord
 from instrument.record.ranks.group import RankGroup, position
@@ -127,6 +128,7 @@ def watch(
     place = position()
     patterns = Patterns(chosen.include, chosen.exclude)
     _, notes = check_selection(model, patterns, chosen.kinds)
+    check_functions(model, chosen.functions)
     sink = sink_for(writer) if writer is not None else None
     directory = check_directory(logdir)
     if chosen.ranks == "first" and place.rank > 0:
@@ -195,6 +197,7 @@ class Watcher:
         """The `SummaryWriter` that is written to; log your own loss to it."""
         self._sink = sink
         self._off = off
+        self._units = UnitWindows(config)
         self._session: Session | None = None
         self._finalizer: weakref.finalize[..., nn.Module] | None = None
         self._is_closed = False
@@ -283,6 +286,15 @@ class Watcher:
         """The last value of each statistic, and what could not be observed; print it for tables."""
         return Report.of_records(self.history, self.notices)
 
+    def dead_units(self) -> dict[str, UnitStatus]:
+        """What is known of the units of each module: dead, constant, saturated, rare, always on, and on what evidence.
+
+        Returns:
+            Module name to status, in the order of execution.
+        """
+        self._settle()
+        return self._units.status()
+
     def flush(self) -> None:
         """Write what was buffered; it is on disk when this returns."""
         if self._sink is not None and not self._is_closed:
@@ -313,6 +325,8 @@ class Watcher:
             self._session.settle()
 
     def _emit(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
+        if scalars:
+            self._units.add(record)
         if self._sink is not None:
             self._sink.write(record, scalars, histograms)
 

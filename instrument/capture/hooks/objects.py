@@ -63,7 +63,7 @@ class ForwardPass:
 class HookTarget(Protocol):
     """What the hooks report to."""
 
-    def module_called(self, name: str, module: nn.Module, output: Any) -> None:
+    def module_called(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """A selected module has returned."""
 
     def root_starts(self, module: nn.Module) -> None:
@@ -141,7 +141,7 @@ class Tap(ModuleHook):
         else:
             taps = self._live(module)
             if taps is not None:
-                taps.module_called(self._name, module, output)
+                taps.module_called(self._name, module, args, output)
 
 
 class RootStarts(ModuleHook):

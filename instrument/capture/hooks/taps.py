@@ -61,6 +61,15 @@ class PassListener(Protocol):
     def take(self, site: Site, tensor: torch.Tensor) -> Any:
         """Measure a tensor at once; what comes back is kept for the pass, unless it is None."""
 
+    def judge(self, name: str, inputs: Any, output: Any) -> tuple[Site, Any] | None:
+        """Look at a call of a module as a whole; what comes back is kept for the pass, unless it is None.
+
+        Args:
+            name: Name of the module.
+            inputs: Its positional arguments, as the call has left them.
+            output: What it returned.
+        """
+
     def sees_through_graphs(self) -> bool:
         """Whether compiled regions run uncompiled now, so that modules in them are called one by one."""
 
@@ -268,7 +277,7 @@ class Taps:
             forward.has_gradient = True
             self.backwards += 1
 
-    def module_called(self, name: str, module: nn.Module, output: Any) -> None:
+    def module_called(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """A selected module has returned: measure what it returned."""
         try:
             if not self._are_attached or in_functorch() or is_tracing():
@@ -279,13 +288,13 @@ class Taps:
                 self._hook_recomputed(name, output)
                 return
             if forward is not None:
-                self._take(name, output, forward)
+                self._take(name, inputs, output, forward)
             elif module.training and torch.is_grad_enabled():
                 # Called by itself, outside of any call of the root: a pass of its own.
                 forward = ForwardPass()
                 forward.is_loose = True
                 self._wait(forward)
-                self._take(name, output, forward)
+                self._take(name, inputs, output, forward)
                 self._complete(output, forward)
         except Exception as error:
             self._listener.failed(name, error)
@@ -299,7 +308,7 @@ class Taps:
         except Exception as error:
             self._listener.failed(site.name, error)
 
-    def _take(self, name: str, output: Any, forward: ForwardPass) -> None:
+    def _take(self, name: str, inputs: Any, output: Any, forward: ForwardPass) -> None:
         for path, tensor in named_tensors(output):
             site = Site("activations", name + path)
             if self._listener.wants(site):
@@ -312,6 +321,9 @@ class Taps:
                     self._hook_tensor(tensor, GradientTap(self, site, forward))
                 else:
                     forward.ungraded.add(site)
+        judged = self._listener.judge(name, inputs, output)
+        if judged is not None:
+            forward.taken.append(judged)
 
     def _hook_recomputed(self, name: str, output: Any) -> None:
         """Activation checkpointing computes again; only what had no gradient the first time gets a hook now."""

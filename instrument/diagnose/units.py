@@ -1,0 +1,375 @@
+"""Units over time: dead, constant, rare, always on, by windows of samples, with the bound that the evidence allows.
+
+One batch decides badly: on a ReLU network in which 5.9 % of the units are dead, silence in one batch of 64 is right in
+0.65 of its verdicts, silence over 4096 samples in 0.95 and more. So nothing is said of a unit until a whole *window*
+has been seen (`dead_window_samples` and `dead_window_batches`, both), and beside every verdict stands what it is worth:
+a unit that was silent on n samples fires, with 95 % confidence, on less than 3/n of them (the rule of three).
+
+Windows are kept as halves: two that are full and one that fills. The evidence is always all of them, at least a window
+and at most one and a half, and never empty. Windows that do not overlap, of two halves each, are compared with one
+another: units that came alive, that died, and the share of the dead that are dead still (Sokar et al. 2023).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from instrument.config import Config
+from instrument.errors import RunError
+from instrument.measure.units import BoolArray, UnitTally, Witness, merge_tallies
+from instrument.record.buffer import StepRecord
+
+__all__ = ["CONSTANT_RANGE", "RARE_RATE", "UnitStatus", "UnitWindows", "Verdict", "decode", "encode"]
+
+Verdict: TypeAlias = Literal["no-data", "watching", "ok", "dead"]
+Indices: TypeAlias = tuple[int, ...]
+
+CONSTANT_RANGE = 1e-6
+"""Range of a constant unit, of the root mean square of its layer: a few units in the last place of float32."""
+
+RARE_RATE = 0.01
+"""Share of samples on which a rare unit is not flat, at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitStatus:
+    """What is known of the units of one module.
+
+    Lists of units are empty until a whole window has been seen.
+
+    Example:
+        >>> status = UnitStatus("act", "relu", units=2, samples=4096, verdict="dead", dead=(1,))
+        >>> UnitStatus.from_dict(status.as_dict()) == status
+        True
+    """
+
+    name: str
+    """Name of the module."""
+
+    function: str | None = None
+    """The nonlinearity whose slope was judged; None where only the range of the output is known, or gradient rows."""
+
+    units: int = 0
+    """Number of units; 0 where the module was never seen."""
+
+    dead: Indices = ()
+    """Units that were flat (slope below 0.01) on every sample of the evidence; gradient rows that were always zero."""
+
+    constant: Indices = ()
+    """Units whose range over the evidence is about zero."""
+
+    rare: Indices = ()
+    """Units that are not dead, and not flat on less than 1 % of the samples."""
+
+    always_on: Indices = ()
+    """Units of a piecewise linear function that never were flat, and so are linear; no fault."""
+
+    saturated: tuple[float, ...] = ()
+    """Share of the counted samples on which each unit was flat (slope below 0.05): for a ReLU, how sparse it is. Empty
+    where no slope was judged."""
+
+    rate: tuple[float, ...] = ()
+    """Share of the counted samples of the last interval on which each unit was not flat; of its steps, for gradient
+    rows. Empty where neither was judged."""
+
+    samples: int = 0
+    """Samples of the evidence: rows, tokens or images; for gradient rows a number that is certainly not too large."""
+
+    batches: int = 0
+    """Batches of the evidence."""
+
+    rate_bound: float = 1.0
+    """Share of samples that a unit which was silent on all of the evidence fires on, at most, with 95 % confidence."""
+
+    verdict: Verdict = "no-data"
+    """"no-data": no sample was seen; "watching": less than a window; "dead": some unit is; "ok": none."""
+
+    first_step: int | None = None
+    """First step of the evidence."""
+
+    last_step: int | None = None
+    """Last step of the evidence."""
+
+    windows: int = 0
+    """Windows in a row, none overlapping another, of which each found a dead unit."""
+
+    births: Indices = ()
+    """Units that were dead in the window before the last and were not in the last one."""
+
+    deaths: Indices = ()
+    """Units that were dead in the last window and were not in the one before it."""
+
+    still_dead: float | None = None
+    """Share of the dead units of the window before the last that were dead in the last one too; None without any."""
+
+    witness: Witness = "activations"
+    """What tells: the activations, or rows of the weight's gradient that were exactly zero."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them: lists for tuples.
+
+        Example:
+            >>> UnitStatus("act", dead=(3,)).as_dict()["dead"]
+            [3]
+        """
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UnitStatus:
+        """The status that `as_dict` was made of; keys that are not known are passed over.
+
+        Args:
+            values: As `as_dict` gives them, from this version or another.
+
+        Returns:
+            The status.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        found = {name: value for name, value in values.items() if name in known}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+
+
+def encode(statuses: Mapping[str, UnitStatus]) -> bytes:
+    """Statuses as they stand in an event file: JSON, compressed.
+
+    Args:
+        statuses: Module name to status.
+
+    Returns:
+        What `decode` reads.
+
+    Example:
+        >>> decode(encode({"act": UnitStatus("act", "relu")}))["act"].function
+        'relu'
+    """
+    text = json.dumps({name: status.as_dict() for name, status in statuses.items()}, separators=(",", ":"))
+    return zlib.compress(text.encode())
+
+
+def decode(data: bytes) -> dict[str, UnitStatus]:
+    """Statuses out of an event file.
+
+    Args:
+        data: What `encode` gave.
+
+    Returns:
+        Module name to status.
+
+    Raises:
+        RunError: The data are something else.
+    """
+    try:
+        values = json.loads(zlib.decompress(data))
+        return {name: UnitStatus.from_dict(value) for name, value in values.items()}
+    except (zlib.error, ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"statuses of units cannot be read: {type(error).__name__}: {error}") from error
+
+
+@dataclasses.dataclass
+class _Span:
+    """Tallies of some steps, merged."""
+
+    tally: UnitTally
+    first_step: int
+    last_step: int
+
+    def add(self, step: int, tally: UnitTally) -> None:
+        """Add the tally of a later step."""
+        self.tally = self.tally.merge(tally)
+        self.last_step = step
+
+
+class _Window:
+    """The evidence of one module or gradient, in halves, and what the last whole windows found."""
+
+    def __init__(self, tally: UnitTally, config: Config) -> None:
+        self.halves: list[_Span] = []
+        """The last full halves, two at most."""
+        self.filling: _Span | None = None
+        self.interval: _Span | None = None
+        """Steps since the last histogram, to which rates belong."""
+        self.pattern = tally
+        self.full_in_a_row = 0
+        self.dead_windows = 0
+        self.dead: BoolArray | None = None
+        self.births: Indices = ()
+        self.deaths: Indices = ()
+        self.still_dead: float | None = None
+        self._config = config
+
+    def add(self, step: int, tally: UnitTally) -> None:
+        """Add what was seen in one step."""
+        self.filling = _joined(self.filling, step, tally)
+        every = self._config.histogram_interval
+        is_new = self.interval is not None and (step - 1) // every != (self.interval.last_step - 1) // every
+        self.interval = _joined(None if is_new else self.interval, step, tally)
+        if self._is_half(self.filling.tally):
+            self.halves = [*self.halves[-1:], self.filling]
+            self.filling = None
+            self.full_in_a_row += 1
+            if self.full_in_a_row % 2 == 0:
+                self._compare(merge_tallies(half.tally for half in self.halves))
+
+    def _is_half(self, tally: UnitTally) -> bool:
+        return (
+            2 * tally.samples >= self._config.dead_window_samples
+            and 2 * tally.batches >= self._config.dead_window_batches
+        )
+
+    def _compare(self, window: UnitTally) -> None:
+        """A window is whole: hold what is dead in it against the one before."""
+        dead, before = window.dead_flat, self.dead
+        self.dead_windows = self.dead_windows + 1 if dead.any() else 0
+        if before is not None:
+            self.births, self.deaths = _indices(before & ~dead), _indices(dead & ~before)
+            self.still_dead = _rounded(np.mean(dead[before])) if before.any() else None
+        self.dead = dead
+
+    def evidence(self) -> _Span | None:
+        """All halves together."""
+        spans = [*self.halves, self.filling] if self.filling is not None else self.halves
+        if not spans:
+            return None
+        return _Span(merge_tallies(span.tally for span in spans), spans[0].first_step, spans[-1].last_step)
+
+    def status(self, name: str) -> UnitStatus:
+        """What is known of the units."""
+        evidence = self.evidence()
+        if evidence is None:
+            return UnitStatus(name, self.pattern.function, self.pattern.units, witness=self.pattern.witness)
+        tally = evidence.tally
+        status = UnitStatus(
+            name,
+            tally.function,
+            tally.units,
+            saturated=_shares(tally.flat, tally.counted) if tally.function is not None else (),
+            rate=_rates(self.interval.tally) if self.interval is not None else (),
+            samples=tally.samples,
+            batches=tally.batches,
+            rate_bound=min(1.0, 3 / tally.samples),
+            verdict="watching",
+            first_step=evidence.first_step,
+            last_step=evidence.last_step,
+            windows=self.dead_windows,
+            births=self.births,
+            deaths=self.deaths,
+            still_dead=self.still_dead,
+            witness=tally.witness,
+        )
+        if tally.samples < self._config.dead_window_samples or tally.batches < self._config.dead_window_batches:
+            return status
+        dead = _indices(tally.dead_flat)
+        return dataclasses.replace(
+            status,
+            dead=dead,
+            constant=_indices(_is_constant(tally)),
+            rare=_indices(_is_rare(tally)),
+            always_on=_indices(tally.never_flat),
+            verdict="dead" if dead else "ok",
+        )
+
+
+class UnitWindows:
+    """Follows the units of all modules through the records of a run.
+
+    Args:
+        config: The settings: `dead_window_samples`, `dead_window_batches`, and `histogram_interval`, of which an
+            interval of rates is made.
+
+    Example:
+        >>> import torch
+        >>> from instrument.measure.slopes import slopes_named
+        >>> from instrument.measure.units import tally_units
+        >>> windows = UnitWindows(Config(dead_window_samples=8, dead_window_batches=2))
+        >>> z = torch.tensor([[-1.0, 2.0]] * 4)
+        >>> for step in range(2):
+        ...     tally = tally_units(z, 1, slopes_named("relu"))
+        ...     windows.add(StepRecord(step, {}, 0.0, units={"act": tally}))
+        >>> windows.status()["act"].dead, windows.status()["act"].verdict
+        ((0,), 'dead')
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._windows: dict[str, _Window] = {}
+
+    def add(self, record: StepRecord) -> None:
+        """Add the tallies of one step.
+
+        A module whose units or function have changed begins anew.
+
+        Args:
+            record: The record; steps must not fall.
+        """
+        for name, tally in record.units.items():
+            window = self._windows.get(name)
+            if window is None or (tally.samples and not tally.fits(window.pattern)):
+                self._windows[name] = window = _Window(tally, self._config)
+            if tally.samples:
+                window.add(record.step, tally)
+
+    def status(self) -> dict[str, UnitStatus]:
+        """What is known of the units of each module, in the order in which they were first seen.
+
+        Returns:
+            Module name to status. Gradient rows go under the module that has the weight; where the range of its
+            output is known besides, constant units come from that.
+        """
+        found: dict[str, UnitStatus] = {}
+        for name, window in self._windows.items():
+            if window.pattern.witness == "activations":
+                found[name] = window.status(name)
+        for name, window in self._windows.items():
+            if window.pattern.witness == "gradient rows":
+                module = name.rpartition(".")[0]
+                status, seen = window.status(module), found.get(module)
+                if seen is None or (seen.function is None and status.verdict != "no-data"):
+                    found[module] = dataclasses.replace(status, constant=seen.constant if seen is not None else ())
+        return found
+
+
+def _joined(span: _Span | None, step: int, tally: UnitTally) -> _Span:
+    """A span with one more tally, or a new one."""
+    if span is None:
+        return _Span(tally, step, step)
+    span.add(step, tally)
+    return span
+
+
+def _is_constant(tally: UnitTally) -> BoolArray:
+    scale = math.sqrt(tally.square_mean) if math.isfinite(tally.square_mean) else math.nan
+    with np.errstate(invalid="ignore"):  # infinite where nothing is known of the range
+        is_constant: BoolArray = tally.high - tally.low <= CONSTANT_RANGE * scale
+    return is_constant
+
+
+def _is_rare(tally: UnitTally) -> BoolArray:
+    """Whether each unit fires, and yet on a share of the samples below `RARE_RATE`; rows know no samples."""
+    if tally.function is None or not tally.counted:
+        return np.zeros(tally.units, np.bool_)
+    return ~tally.dead_flat & (tally.counted - tally.flat < RARE_RATE * tally.counted)
+
+
+def _rates(tally: UnitTally) -> tuple[float, ...]:
+    return _shares(tally.counted - tally.flat, tally.counted)
+
+
+def _shares(counts: np.ndarray[Any, Any], of: int) -> tuple[float, ...]:
+    """Shares with four digits, as event files have them."""
+    return tuple(np.round(counts / of, 4).tolist()) if of else ()
+
+
+def _rounded(share: float | np.floating[Any]) -> float:
+    return round(float(share), 4)
+
+
+def _indices(mask: BoolArray) -> Indices:
+    return tuple(np.flatnonzero(mask).tolist())
