@@ -3,7 +3,7 @@
 | module | judged |
 | --- | --- |
 | a nonlinearity of `instrument.measure.slopes` | its input, by its slope |
-| the same run in place or called by keyword | its output, by its slope where that tells the tails apart, else the range |
+| the same run in place or called by keyword | its output, by its slope where that tells, else the range |
 | a module named in `functions` | its output, by the slope of the function that follows |
 | weight of a linear layer or convolution behind which no nonlinearity was seen | rows of its gradient that are zero |
 | any other module without children | the range of its output |

@@ -126,7 +126,7 @@ class UnitTally:
         function: str | None,
         witness: Witness = "activations",
     ) -> UnitTally:
-        """The tally of what `to_arrays` gave, after each array was merged over ranks by the operation it is named by."""
+        """The tally of what `to_arrays` gave, each array merged over ranks by the operation of its name."""
         low, dead_flat, never_flat = np.split(arrays["min"].astype(np.float64), 3)
         samples, batches, counted = (int(number) for number in arrays["sum"][-3:])
         return cls(

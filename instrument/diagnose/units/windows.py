@@ -13,164 +13,23 @@ another: units that came alive, that died, and the share of the dead that are de
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import zlib
-from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from instrument.config import Config
-from instrument.errors import RunError
-from instrument.measure.units import BoolArray, UnitTally, Witness, merge_tallies
+from instrument.diagnose.units.status import Indices, UnitStatus
+from instrument.measure.units import BoolArray, UnitTally, merge_tallies
 from instrument.record.buffer import StepRecord
 
-__all__ = ["CONSTANT_RANGE", "RARE_RATE", "UnitStatus", "UnitWindows", "Verdict", "decode", "encode"]
-
-Verdict: TypeAlias = Literal["no-data", "watching", "ok", "dead"]
-Indices: TypeAlias = tuple[int, ...]
+__all__ = ["CONSTANT_RANGE", "RARE_RATE", "UnitWindows"]
 
 CONSTANT_RANGE = 1e-6
 """Range of a constant unit, of the root mean square of its layer: a few units in the last place of float32."""
 
 RARE_RATE = 0.01
 """Share of samples on which a rare unit is not flat, at most."""
-
-
-@dataclasses.dataclass(frozen=True)
-class UnitStatus:
-    """What is known of the units of one module.
-
-    Lists of units are empty until a whole window has been seen.
-
-    Example:
-        >>> status = UnitStatus("act", "relu", units=2, samples=4096, verdict="dead", dead=(1,))
-        >>> UnitStatus.from_dict(status.as_dict()) == status
-        True
-    """
-
-    name: str
-    """Name of the module."""
-
-    function: str | None = None
-    """The nonlinearity whose slope was judged; None where only the range of the output is known, or gradient rows."""
-
-    units: int = 0
-    """Number of units; 0 where the module was never seen."""
-
-    dead: Indices = ()
-    """Units that were flat (slope below 0.01) on every sample of the evidence; gradient rows that were always zero."""
-
-    constant: Indices = ()
-    """Units whose range over the evidence is about zero."""
-
-    rare: Indices = ()
-    """Units that are not dead, and not flat on less than 1 % of the samples."""
-
-    always_on: Indices = ()
-    """Units of a piecewise linear function that never were flat, and so are linear; no fault."""
-
-    saturated: tuple[float, ...] = ()
-    """Share of the counted samples on which each unit was flat (slope below 0.05): for a ReLU, how sparse it is. Empty
-    where no slope was judged."""
-
-    rate: tuple[float, ...] = ()
-    """Share of the counted samples of the last interval on which each unit was not flat; of its steps, for gradient
-    rows. Empty where neither was judged."""
-
-    samples: int = 0
-    """Samples of the evidence: rows, tokens or images; for gradient rows a number that is certainly not too large."""
-
-    batches: int = 0
-    """Batches of the evidence."""
-
-    rate_bound: float = 1.0
-    """Share of samples that a unit which was silent on all of the evidence fires on, at most, with 95 % confidence."""
-
-    verdict: Verdict = "no-data"
-    """"no-data": no sample was seen; "watching": less than a window; "dead": some unit is; "ok": none."""
-
-    first_step: int | None = None
-    """First step of the evidence."""
-
-    last_step: int | None = None
-    """Last step of the evidence."""
-
-    windows: int = 0
-    """Windows in a row, none overlapping another, of which each found a dead unit."""
-
-    births: Indices = ()
-    """Units that were dead in the window before the last and were not in the last one."""
-
-    deaths: Indices = ()
-    """Units that were dead in the last window and were not in the one before it."""
-
-    still_dead: float | None = None
-    """Share of the dead units of the window before the last that were dead in the last one too; None without any."""
-
-    witness: Witness = "activations"
-    """What tells: the activations, or rows of the weight's gradient that were exactly zero."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them: lists for tuples.
-
-        Example:
-            >>> UnitStatus("act", dead=(3,)).as_dict()["dead"]
-            [3]
-        """
-        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UnitStatus:
-        """The status that `as_dict` was made of; keys that are not known are passed over.
-
-        Args:
-            values: As `as_dict` gives them, from this version or another.
-
-        Returns:
-            The status.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        found = {name: value for name, value in values.items() if name in known}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
-
-
-def encode(statuses: Mapping[str, UnitStatus]) -> bytes:
-    """Statuses as they stand in an event file: JSON, compressed.
-
-    Args:
-        statuses: Module name to status.
-
-    Returns:
-        What `decode` reads.
-
-    Example:
-        >>> decode(encode({"act": UnitStatus("act", "relu")}))["act"].function
-        'relu'
-    """
-    text = json.dumps({name: status.as_dict() for name, status in statuses.items()}, separators=(",", ":"))
-    return zlib.compress(text.encode())
-
-
-def decode(data: bytes) -> dict[str, UnitStatus]:
-    """Statuses out of an event file.
-
-    Args:
-        data: What `encode` gave.
-
-    Returns:
-        Module name to status.
-
-    Raises:
-        RunError: The data are something else.
-    """
-    try:
-        values = json.loads(zlib.decompress(data))
-        return {name: UnitStatus.from_dict(value) for name, value in values.items()}
-    except (zlib.error, ValueError, TypeError, AttributeError) as error:
-        raise RunError(f"statuses of units cannot be read: {type(error).__name__}: {error}") from error
 
 
 @dataclasses.dataclass
