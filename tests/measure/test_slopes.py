@@ -106,8 +106,8 @@ def test_a_value_above_the_threshold_tells_nothing() -> None:
 class _Swish(nn.SiLU):
     """Calls itself a SiLU and is something else."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return 2 * input
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return 2 * z
 
 
 class _Named(nn.ReLU):
@@ -122,7 +122,7 @@ def test_replaced_forwards_are_no_nonlinearity() -> None:
     assert isinstance(found, Slopes)
     assert found.function == "relu"
     patched = nn.ReLU()
-    patched.forward = lambda input: input  # type: ignore[method-assign]
+    patched.forward = lambda z: z  # type: ignore[method-assign]
     assert slopes_of(patched) is None
 
 

@@ -1,0 +1,1 @@
+"""Tests of diagnosis: records become statuses, findings and reports."""

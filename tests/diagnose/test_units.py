@@ -1,0 +1,249 @@
+"""Windows of units: when something may be said, what it is worth, and who was born and who died."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instrument.config import Config
+from instrument.diagnose.units import UnitStatus, UnitWindows, decode, encode
+from instrument.errors import RunError
+from instrument.measure.slopes import slopes_named
+from instrument.measure.units import UnitTally, tally_rows, tally_units
+from instrument.record.buffer import StepRecord
+
+DEAD, ALIVE = -1.0, 1.0
+
+
+def record(step: int, values: Iterable[float], samples: int = 8, function: str | None = "relu") -> StepRecord:
+    """A step in which each unit of the module `act` had one value on all samples."""
+    z = torch.tensor([list(values)] * samples)
+    tally = tally_units(z, 1, slopes_named(function) if function else None)
+    assert isinstance(tally, UnitTally)
+    return StepRecord(step, {}, 0.0, units={"act": tally})
+
+
+def rows(step: int, values: Iterable[float], name: str = "fc.weight", samples: int = 8) -> StepRecord:
+    """A step in which each row of a weight's gradient had one value."""
+    tally = tally_rows(torch.tensor([list(values)] * 3).T, 0, samples)
+    assert isinstance(tally, UnitTally)
+    return StepRecord(step, {}, 0.0, units={name: tally})
+
+
+def windows(samples: int = 32, batches: int = 4, interval: int = 100) -> UnitWindows:
+    return UnitWindows(Config(dead_window_samples=samples, dead_window_batches=batches, histogram_interval=interval))
+
+
+def after(followed: UnitWindows, *records: StepRecord, name: str = "act") -> UnitStatus:
+    for one in records:
+        followed.add(one)
+    return followed.status()[name]
+
+
+def test_nothing_is_said_before_a_window_is_full() -> None:
+    """Three batches of eight in a window of four and 32: watching, no unit named; the fourth decides."""
+    followed = windows()
+    early = after(followed, *(record(step, [DEAD, ALIVE]) for step in range(3)))
+    assert (early.verdict, early.dead, early.always_on, early.samples, early.batches) == ("watching", (), (), 24, 3)
+    full = after(followed, record(3, [DEAD, ALIVE]))
+    assert (full.verdict, full.dead, full.always_on, full.samples, full.batches) == ("dead", (0,), (1,), 32, 4)
+    assert (full.first_step, full.last_step) == (0, 3)
+
+
+def test_one_large_batch_is_no_window() -> None:
+    """A batch of a million samples is one batch: no unit is called dead on its evidence."""
+    status = after(windows(samples=4096, batches=32), record(0, [DEAD], samples=1_000_000))
+    assert (status.verdict, status.dead) == ("watching", ())
+
+
+def test_many_small_batches_are_no_window() -> None:
+    """Hundreds of batches of one sample do not make 4096 samples."""
+    followed = windows(samples=4096, batches=32)
+    assert after(followed, *(record(step, [DEAD], samples=1) for step in range(200))).verdict == "watching"
+
+
+def test_the_bound_is_the_rule_of_three() -> None:
+    """Silence on n samples bounds the rate by 3/n: (1 - 3/n)**n is 5 % for large n; small n bound nothing."""
+    status = after(windows(), *(record(step, [DEAD], samples=1024) for step in range(4)))
+    assert status.rate_bound == 3 / 4096
+    assert (1 - status.rate_bound) ** status.samples == pytest.approx(0.05, rel=0.01)
+    assert after(windows(), record(0, [DEAD], samples=2)).rate_bound == 1.0
+
+
+def test_one_sign_of_life_is_enough() -> None:
+    """A unit that fired once in the window is not dead, and it is rare below one sample in a hundred."""
+    z = torch.full((64, 1), DEAD)
+    z[17] = ALIVE
+    fired = tally_units(z, 1, slopes_named("relu"))
+    assert isinstance(fired, UnitTally)
+    followed = windows(samples=256)
+    silent = [record(step, [DEAD], samples=64) for step in range(1, 4)]
+    status = after(followed, StepRecord(0, {}, 0.0, units={"act": fired}), *silent)
+    assert (status.verdict, status.dead, status.rare) == ("ok", (), (0,))
+    assert status.saturated == (round(255 / 256, 4),)
+
+
+def test_the_window_is_never_empty_and_never_old() -> None:
+    """Once full the evidence stays between one window and one and a half, and old life is forgotten in time."""
+    followed = windows(samples=32, batches=4)
+    after(followed, *(record(step, [ALIVE]) for step in range(4)))
+    seen = []
+    for step in range(4, 24):
+        status = after(followed, record(step, [DEAD]))
+        seen.append(status.verdict)
+        assert 32 <= status.samples <= 48
+        assert status.last_step == step
+        assert status.first_step is not None
+        assert step - status.first_step + 1 == status.batches
+    assert seen[:3] == ["ok"] * 3  # a window of four is not over yet
+    assert seen[6:] == ["dead"] * len(seen[6:])
+
+
+def test_births_deaths_and_what_stays() -> None:
+    """Windows that do not overlap are compared: unit 1 is born, unit 2 dies, of two dead one is dead still."""
+    followed = windows()
+    first = after(followed, *(record(step, [DEAD, DEAD, ALIVE, ALIVE]) for step in range(4)))
+    assert (first.windows, first.births, first.deaths, first.still_dead) == (1, (), (), None)
+    between = after(followed, *(record(step, [DEAD, ALIVE, DEAD, ALIVE]) for step in range(4, 7)))
+    assert (between.windows, between.births, between.still_dead) == (1, (), None)
+    second = after(followed, record(7, [DEAD, ALIVE, DEAD, ALIVE]))
+    assert (second.windows, second.births, second.deaths, second.still_dead) == (2, (1,), (2,), 0.5)
+    third = after(followed, *(record(step, [ALIVE] * 4) for step in range(8, 12)))
+    assert (third.windows, third.births, third.deaths, third.still_dead) == (0, (0, 2), (), 0.0)
+    fourth = after(followed, *(record(step, [ALIVE] * 4) for step in range(12, 16)))
+    assert (fourth.births, fourth.still_dead) == ((), None)
+
+
+def test_constant_units() -> None:
+    """A unit whose range over the window is a millionth of the layer's scale is constant, whatever the module."""
+    followed = windows()
+    for step in range(4):
+        z = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        z[:, 1] = 3.0
+        z[:, 2] = 3.0 + torch.linspace(0, 1e-7, 8) + 4e-7 * (step == 3)
+        z[:, 3] = 3.0 + 1e-3 * step  # constant in each step, and not over the window
+        tally = tally_units(z, 1, None)
+        assert isinstance(tally, UnitTally)
+        followed.add(StepRecord(step, {}, 0.0, units={"act": tally}))
+    status = followed.status()["act"]
+    assert (status.constant, status.dead, status.verdict) == ((1, 2), (), "ok")
+    assert (status.function, status.saturated, status.rate) == (None, (), ())
+
+
+def test_a_layer_of_zeros_is_constant_and_infinite_scales_hide_nothing() -> None:
+    """Zeros alone have no scale and are constant all the same; an infinity makes no other unit constant."""
+    zeros = after(windows(), *(record(step, [0.0, 0.0], function=None) for step in range(4)))
+    assert zeros.constant == (0, 1)
+    followed = windows()
+    z = torch.tensor([[1.0, float("inf")], [2.0, 1.0]] * 4)
+    tally = tally_units(z, 1, None)
+    assert isinstance(tally, UnitTally)
+    for step in range(4):
+        followed.add(StepRecord(step, {}, 0.0, units={"act": tally}))
+    assert followed.status()["act"].constant == ()
+
+
+def test_rates_are_of_the_last_interval() -> None:
+    """Rates begin anew behind each histogram, so that a picture of them is no running mean."""
+    followed = windows(interval=4)
+    alive = after(followed, *(record(step, [ALIVE, DEAD]) for step in range(1, 5)))
+    assert alive.rate == (1.0, 0.0)
+    silent = after(followed, *(record(step, [DEAD, ALIVE]) for step in range(5, 7)))
+    assert silent.rate == (0.0, 1.0)
+    mixed = after(followed, record(7, [ALIVE, ALIVE]), record(8, [ALIVE, ALIVE]))
+    assert mixed.rate == (0.5, 1.0)
+
+
+def test_rows_are_the_evidence_of_the_module_that_has_them() -> None:
+    """Zero rows of `fc.weight` are dead units of `fc`, said to be told by gradient rows; rates are of steps."""
+    followed = windows()
+    status = after(followed, *(rows(step, [0.0, 1.0, float(step == 2)]) for step in range(1, 5)), name="fc")
+    assert (status.name, status.witness, status.function) == ("fc", "gradient rows", None)
+    assert (status.verdict, status.dead, status.rate) == ("dead", (0,), (0.0, 1.0, 0.25))
+    assert (status.rare, status.saturated, status.constant, status.samples) == ((), (), (), 32)
+
+
+def test_ranges_and_rows_of_one_module_join() -> None:
+    """Where the output's range is known besides, constant units come from that and dead ones from the rows."""
+    followed = windows()
+    for step in range(4):
+        z = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        z[:, 2] = 1.0
+        tally = tally_units(z, 1, None)
+        assert isinstance(tally, UnitTally)
+        followed.add(StepRecord(step, {}, 0.0, units={"fc": tally, **rows(step, [0.0, 1.0, 1.0]).units}))
+    status = followed.status()["fc"]
+    assert (status.witness, status.dead, status.constant) == ("gradient rows", (0,), (2,))
+    assert list(followed.status()) == ["fc"]
+
+
+def test_rows_without_a_gradient_are_no_data() -> None:
+    """A layer whose gradient is always zero in whole is no data, and leaves what its range tells alone."""
+    followed = windows()
+    frozen = after(followed, *(rows(step, [0.0, 0.0]) for step in range(6)), name="fc")
+    assert (frozen.verdict, frozen.dead, frozen.units, frozen.samples) == ("no-data", (), 2, 0)
+    assert (frozen.rate_bound, frozen.first_step, frozen.witness) == (1.0, None, "gradient rows")
+    ranged = [record(step, [1.0, 2.0], function=None) for step in range(6, 12)]
+    for one in ranged:
+        followed.add(StepRecord(one.step, {}, 0.0, units={"fc": one.units["act"]}))
+    assert (followed.status()["fc"].verdict, followed.status()["fc"].witness) == ("ok", "activations")
+
+
+def test_steps_without_a_sample_count_for_nothing() -> None:
+    """An expert that saw no token in most steps is judged by those in which it did."""
+    followed = windows()
+    for step in range(16):
+        tally = record(step, [DEAD, ALIVE]).units["act"] if step % 4 == 0 else UnitTally.empty(2, "relu")
+        followed.add(StepRecord(step, {}, 0.0, units={"act": tally}))
+    status = followed.status()["act"]
+    assert (status.verdict, status.dead, status.samples, status.batches) == ("dead", (0,), 32, 4)
+
+
+def test_a_module_that_changed_begins_anew() -> None:
+    """Other units, or another function, are not mixed with those before."""
+    followed = windows()
+    after(followed, *(record(step, [DEAD, DEAD]) for step in range(8)))
+    changed = after(followed, record(8, [DEAD, DEAD, DEAD]))
+    assert (changed.verdict, changed.units, changed.samples, changed.windows) == ("watching", 3, 8, 0)
+    assert after(followed, record(9, [DEAD] * 3, function="tanh")).samples == 8
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([DEAD, ALIVE]), min_size=3, max_size=3), min_size=1, max_size=30))
+def test_dead_is_silence_over_the_evidence(history: list[list[float]]) -> None:
+    """At every moment the dead are those that were silent from the first step of the evidence to the last."""
+    followed = windows(samples=16, batches=2)
+    for step, values in enumerate(history):
+        status = after(followed, record(step, values, samples=4))
+        assert status.first_step is not None
+        evidence = np.array(history[status.first_step : step + 1])
+        assert status.batches == len(evidence)
+        silent = tuple(np.flatnonzero((evidence == DEAD).all(axis=0)).tolist())
+        assert status.dead == (silent if len(evidence) >= 4 else ())
+
+
+def test_statuses_survive_a_file() -> None:
+    """What is written reads back equal, as JSON, and unknown keys of a later version are passed over."""
+    followed = windows()
+    z = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    tally = tally_units(z, 1, slopes_named("tanh"))
+    assert isinstance(tally, UnitTally)
+    for step in range(9):
+        followed.add(StepRecord(step, {}, 0.0, units={"act": tally, **rows(step, [0.0, 1.0]).units}))
+    statuses = followed.status()
+    assert decode(encode(statuses)) == statuses
+    values = json.loads(json.dumps(statuses["act"].as_dict()))
+    assert UnitStatus.from_dict({**values, "from a later version": 1}) == statuses["act"]
+
+
+@pytest.mark.parametrize("data", [b"", b"no zlib", encode({})[:-3], b"x\x9c+\x04\x00\x00r\x00r"])
+def test_torn_statuses(data: bytes) -> None:
+    """What is no status is refused with one clear error."""
+    with pytest.raises(RunError, match="statuses of units cannot be read"):
+        decode(data)
