@@ -138,6 +138,7 @@ class UnitJudge:
             return None
         if role.is_nonlinearity:
             if before is not None and before[0] == self._last_layer:
+                self._seen.add(name)
                 return None
             tensor, slopes = self._input(name, role, inputs, tensor)
         if slopes is not None and before is not None:

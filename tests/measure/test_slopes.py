@@ -122,7 +122,7 @@ def test_replaced_forwards_are_no_nonlinearity() -> None:
     assert isinstance(found, Slopes)
     assert found.function == "relu"
     patched = nn.ReLU()
-    patched.forward = lambda z: z  # type: ignore[method-assign]
+    patched.forward = lambda z: z  # type: ignore[method-assign, assignment]
     assert slopes_of(patched) is None
 
 
