@@ -17,6 +17,7 @@
 | was a caller compiled? | frames of `torch/_dynamo/eval_frame.py` | never said to be: in such functions `compiled="eager"` sees the first call of a step alone |
 | run a function while a graph is traced, not in it | the mark `_dynamo_marked_constant` that `torch.compiler.assume_constant_result` sets | (older than all versions we support) |
 | children and parameters of a module, without computing | `Module._modules`, `Module._parameters` | (older than all versions we support) |
+| many tensors in one row | `torch._C._nn.flatten_dense_tensors` | each is made flat by a call of its own, 0.6 us dearer a tensor |
 | how often a tensor was changed in place | `Tensor._version` | (older than all versions we support) |
 | hooks of the user's on a parameter | `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks` | (the second: none) |
 | our own writer behind torch's | `SummaryWriter._get_file_writer` | torch's slow writer is used; see `instrument.record.writer` |
@@ -30,7 +31,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ __all__ = [
     "calling_scale",
     "can_hide",
     "children_of",
+    "flattened",
     "has_hooks",
     "in_backward",
     "in_compiled_call",
@@ -84,6 +86,7 @@ _disable_torch_function: Callable[[], contextlib.AbstractContextManager[Any]] = 
     _lookup("torch._C.DisableTorchFunction") or contextlib.nullcontext
 )
 _is_fake: Callable[[object], bool] | None = _lookup("torch._subclasses.fake_tensor.is_fake")
+_flatten: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = _lookup("torch._C._nn.flatten_dense_tensors")
 
 
 def in_backward() -> bool:
@@ -115,6 +118,13 @@ def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | Non
     """The module's own dictionary of parameters; reading its attributes may compute, as under `spectral_norm`."""
     own: Any = module._parameters
     return own if isinstance(own, dict) else dict(own.items())  # script modules have a wrapper of another kind
+
+
+def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The values of tensors of one type, one tensor behind the other, as a new tensor of shape (n,)."""
+    if _flatten is not None:
+        return _flatten(tensors)
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -27,7 +27,7 @@ import torch
 from instrument.measure.sketch import CODES, FloatArray, IntArray, Sketch, empty_moments
 from instrument.measure.tensors import Values, chunks
 
-__all__ = ["BLOCK", "accumulate_cpu", "measure_cpu"]
+__all__ = ["BLOCK", "accumulate_cpu", "measure_cpu", "measure_exactly"]
 
 BLOCK = 131_072
 """Elements in a block."""
@@ -136,12 +136,12 @@ def _measure_floats(single: _Float32Array, exact: _Float32Array | FloatArray) ->
     """Counts and moments; values that are rare go the exact way."""
     low, high = float(np.minimum.reduce(exact)), float(np.maximum.reduce(exact))
     if not (low >= -_FLOAT32_MAX and high <= _FLOAT32_MAX):  # false for NaN too
-        return _exactly(exact)
+        return measure_exactly(exact)
     counts = _count_codes(single)
     coded_zero = int(counts[0] + counts[_SIGN])
     # Code 0 takes what lies below 1.5e-39 too, zero or not.
     if coded_zero and coded_zero != _count_zeros(exact):
-        return _exactly(exact)
+        return measure_exactly(exact)
     double = _scratch.float64_array[: single.size]
     if exact is single:
         np.copyto(double, single)
@@ -187,7 +187,7 @@ def _count_zeros(values: _Float32Array | FloatArray) -> int:
     return int(np.count_nonzero(is_zero))
 
 
-def _exactly(exact: _Float32Array | FloatArray) -> _Measured:
+def measure_exactly(exact: _Float32Array | FloatArray) -> _Measured:
     """Counts and moments where NaN, Inf, or values beyond float32 at either end are about."""
     with np.errstate(all="ignore"):
         values = exact.astype(np.float64)

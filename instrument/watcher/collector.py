@@ -14,7 +14,7 @@ from instrument.capture.parameters import Parameters
 from instrument.capture.patterns import Patterns
 from instrument.config import Config
 from instrument.errors import UnmeasurableError
-from instrument.measure.custom_op import measure
+from instrument.measure.batch import Batch, Later, measure_many
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import Buffer, StepRecord
 from instrument.torch_private import version_of
@@ -45,7 +45,8 @@ class Collector:
         self._notices = notices
         self._sites: tuple[Site, ...] = ()
         self._outputs: dict[Site, dict[Site, None]] = {}
-        self._last: tuple[weakref.ref[torch.Tensor], int, Sketch] | None = None
+        self._batch = Batch()
+        self._last: tuple[weakref.ref[torch.Tensor], int, Sketch | Later] | None = None
         self.select()
 
     @property
@@ -86,27 +87,31 @@ class Collector:
         model = self._model()
         return list(model.parameters()) if model is not None else []
 
-    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | None:
-        """Measure a tensor; None where that cannot be done."""
+    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | Later | None:
+        """Measure a tensor as it is now, at once or later; None where that cannot be done."""
         try:
             sketch = self._measure(tensor)
-        except UnmeasurableError as error:
-            self._notices.say(f"{place_of(site)} are not measured: {error}")
-            return None
         except Exception as error:
-            self._notices.failed(place_of(site), error)
+            self._cannot(site, error)
             return None
         base, bracket, _ = site.name.partition("[")
         if bracket:
             self._outputs.setdefault(Site(site.kind, base), {})[site] = None
         return sketch
 
-    def _measure(self, tensor: torch.Tensor) -> Sketch:
+    def _cannot(self, site: Site, error: Exception) -> None:
+        """Tell why a tensor was not measured."""
+        if isinstance(error, UnmeasurableError):
+            self._notices.say(f"{place_of(site)} are not measured: {error}")
+        else:
+            self._notices.failed(place_of(site), error)
+
+    def _measure(self, tensor: torch.Tensor) -> Sketch | Later:
         """Measure, unless it is the tensor measured last: a container returns what its last child returned."""
         remembered = self._last
         if remembered is not None and remembered[0]() is tensor and remembered[1] == version_of(tensor):
             return remembered[2]
-        sketch = measure(tensor)
+        sketch = self._batch.add(tensor)
         if type(tensor) is torch.Tensor and not tensor.is_inference():  # parameters must not be referred to weakly
             self._last = (weakref.ref(tensor), version_of(tensor), sketch)
         return sketch
@@ -124,11 +129,19 @@ class Collector:
 
     def add(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
         """Measure tensors into the record."""
+        sites: list[Site] = []
+        for site, found in zip(sites, measure_many(self._wanted(tensors, sites)), strict=True):
+            if isinstance(found, Exception):
+                self._cannot(site, found)
+            else:
+                self.buffer.add(site, found)
+
+    def _wanted(self, tensors: Iterable[tuple[Site, torch.Tensor]], sites: list[Site]) -> Iterator[torch.Tensor]:
+        """The tensors that are watched; their sites are added to those given."""
         for site, tensor in tensors:
             if self.wants(site):
-                sketch = self.take(site, tensor)
-                if sketch is not None:
-                    self.buffer.add(site, sketch)
+                sites.append(site)
+                yield tensor
 
     def add_missing(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
         """Measure those tensors into the record that it lacks."""
@@ -140,17 +153,22 @@ class Collector:
         self.add_missing(self.parameters.gradients(pairs))
         self.add_missing(self.parameters.values(pairs))
 
-    def add_measured(self, measured: Iterable[tuple[Site, Sketch | None]], scale: torch.Tensor | None) -> None:
+    def add_measured(self, measured: Iterable[tuple[Site, Sketch | Later | None]], scale: torch.Tensor | None) -> None:
         """Add what hooks have measured.
 
         Args:
             measured: Site and sketch; None for what could not be measured inside of a graph.
             scale: What a gradient scaler has multiplied gradients by, of shape ().
         """
-        for site, sketch in measured:
-            if sketch is None:
+        for site, item in measured:
+            if item is None:
                 self._notices.say(f"{place_of(site)} could not be measured inside the graph")
-            elif scale is not None and site.kind == "activation_gradients":
-                self.buffer.add(site, sketch.divided(float(scale)))
-            else:
-                self.buffer.add(site, sketch)
+                continue
+            try:
+                sketch = item.sketch() if isinstance(item, Later) else item
+            except Exception as error:
+                self._cannot(site, error)
+                continue
+            if scale is not None and site.kind == "activation_gradients":
+                sketch = sketch.divided(float(scale))
+            self.buffer.add(site, sketch)

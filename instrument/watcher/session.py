@@ -23,6 +23,7 @@ from instrument.capture.names import ModuleEntry, Site
 from instrument.capture.patterns import Patterns
 from instrument.capture.steps import StepClock
 from instrument.config import Config
+from instrument.measure.batch import Later
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord
 from instrument.torch_private import Unseen, calling_scale
@@ -127,8 +128,8 @@ class Session:
         """Whether this site is watched."""
         return self.collector.wants(site)
 
-    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | None:
-        """Measure a tensor; None where that cannot be done."""
+    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | Later | None:
+        """Measure a tensor as it is now, at once or later; None where that cannot be done."""
         return self.collector.take(site, tensor)
 
     def failed(self, place: str, error: Exception) -> None:

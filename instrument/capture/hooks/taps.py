@@ -59,7 +59,7 @@ class PassListener(Protocol):
         """The modules to attach to, as the model is now."""
 
     def take(self, site: Site, tensor: torch.Tensor) -> Any:
-        """Measure a tensor at once; what comes back is kept for the pass, unless it is None."""
+        """Measure a tensor as it is now; what comes back is kept for the pass, unless it is None."""
 
     def sees_through_graphs(self) -> bool:
         """Whether compiled regions run uncompiled now, so that modules in them are called one by one."""
