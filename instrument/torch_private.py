@@ -122,7 +122,7 @@ def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | Non
 
 def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The values of tensors of one type, one tensor behind the other, as a new tensor of shape (n,)."""
-    if _flatten is not None:
+    if _flatten is not None and len(tensors) > 1:  # of one it makes a view
         return _flatten(tensors)
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 

@@ -135,7 +135,7 @@ def test_a_fault_of_ours_is_told_once_and_training_goes_on(tmp_path: Path, monke
 
     model = mlp()
     watcher = instrument.watch(model, include=["0"], kinds=("gradients",), interval=1, logdir=tmp_path)
-    monkeypatch.setattr("instrument.watcher.collector.measure_many", broken)
+    monkeypatch.setattr("instrument.watcher.collector.measure_later", broken)
     with pytest.warns(
         instrument.InstrumentWarning, match=r"gradients of 0\.(weight|bias): this library failed"
     ) as caught:
@@ -154,7 +154,7 @@ def test_warnings_as_errors_do_not_end_training(tmp_path: Path, monkeypatch: pyt
 
     model = mlp()
     watcher = instrument.watch(model, interval=1, logdir=tmp_path)
-    monkeypatch.setattr("instrument.watcher.collector.measure_many", broken)
+    monkeypatch.setattr("instrument.watcher.collector.measure_later", broken)
     assert len(train(model, torch.optim.SGD(model.parameters(), lr=0.1), 3)) == 3
     assert watcher.notices
     watcher.close()
@@ -168,7 +168,7 @@ def test_strict_raises_faults_of_ours(tmp_path: Path, monkeypatch: pytest.Monkey
 
     model = mlp()
     instrument.watch(model, interval=1, logdir=tmp_path, strict=True)
-    monkeypatch.setattr("instrument.watcher.collector.measure_many", broken)
+    monkeypatch.setattr("instrument.watcher.collector.measure_later", broken)
     with pytest.raises(ZeroDivisionError, match="deliberate"):
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
     monkeypatch.undo()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from instrument.measure.histogram import CODES, SIGN
 from instrument.measure.sketch import IntArray, Sketch
 from instrument.torch_private import Unseen, can_hide, flattened
 
-__all__ = ["SMALL", "Batch", "Later", "measure_many"]
+__all__ = ["GROUP", "SMALL", "Batch", "Later", "measure_later", "measure_many"]
 
 SMALL = 8192
 """Tensors of up to this many elements are measured together; a larger one is cheaper by itself."""
@@ -60,46 +60,44 @@ def measure_many(tensors: Iterable[torch.Tensor]) -> list[Sketch | Exception]:
         >>> [sketch.count for sketch in measure_many([torch.ones(3), torch.zeros(2)])]
         [3, 2]
     """
-    found: list[Sketch | Exception] = []
-    waiting: dict[torch.dtype, tuple[list[int], list[torch.Tensor]]] = {}
+    return [item.found() if isinstance(item, Later) else item for item in measure_later(tensors)]
+
+
+def measure_later(tensors: Iterable[torch.Tensor]) -> list[Sketch | Later | Exception]:
+    """Measure several tensors as they are now; small ones are copied, for a microsecond each, and measured on demand.
+
+    Args:
+        tensors: As for `measure`. They may be made one by one: large ones are not held.
+
+    Returns:
+        For each tensor its sketch, or what will give it, or the exception that `measure` raises.
+
+    Example:
+        >>> import torch
+        >>> ones = torch.ones(3)
+        >>> (item,) = measure_later([ones])
+        >>> ones.zero_(), item.sketch().mean
+        (tensor([0., 0., 0.]), 1.0)
+    """
+    found: list[Sketch | Later | Exception] = []
+    groups: dict[torch.dtype, _Group] = {}
     with Unseen():
         for tensor in tensors:
             try:
-                if not _is_small(tensor):
+                if _is_small(tensor):
+                    group = groups.get(tensor.dtype)
+                    if group is None or group.is_full:
+                        if group is not None:
+                            group.copy()
+                        group = groups[tensor.dtype] = _Group()
+                    found.append(group.add(tensor))
+                else:
                     found.append(measure(tensor))
-                    continue
             except Exception as error:
                 found.append(error)
-                continue
-            indices, held = waiting.setdefault(tensor.dtype, ([], []))
-            indices.append(len(found))
-            held.append(tensor)
-            found.append(_NOTHING)
-        for indices, held in waiting.values():
-            for index, item in zip(indices, _measure_in_groups(held), strict=True):
-                found[index] = item
+        for group in groups.values():
+            group.copy()
     return found
-
-
-_NOTHING = Sketch.empty()
-
-
-def _measure_in_groups(tensors: list[torch.Tensor]) -> Iterator[Sketch | Exception]:
-    """Sketches of any number of small tensors of one type."""
-    group: list[torch.Tensor] = []
-    size = 0
-    for tensor in tensors:
-        group.append(tensor)
-        size += tensor.numel()
-        if _is_full(size, len(group)):
-            yield from _measure_group(group)
-            group, size = [], 0
-    if group:
-        yield from _measure_group(group)
-
-
-def _is_full(size: int, tensors: int) -> bool:
-    return size > BLOCK - SMALL or tensors == GROUP
 
 
 class Later:
@@ -111,55 +109,77 @@ class Later:
         self._group = group
         self._index = index
 
+    def found(self) -> Sketch | Exception:
+        """The sketch, or what went wrong; what waits is measured now unless that is done."""
+        return self._group.measured()[self._index]
+
     def sketch(self) -> Sketch:
         """The sketch; what waits is measured now unless that is done.
 
         Raises:
             Exception: What went wrong then.
         """
-        found = self._group.found()[self._index]
+        found = self.found()
         if isinstance(found, Exception):
             raise found
         return found
 
 
 class _Group:
-    """Copies of small tensors of one type that are measured at one time."""
+    """Small tensors of one type that are measured at one time."""
 
-    __slots__ = ("_found", "_lock", "_size", "_tensors")
+    __slots__ = ("_flat", "_lengths", "_lock", "_measured", "_size", "_tensors", "is_full")
 
     def __init__(self) -> None:
+        self.is_full = False
+        """Whether no more is to be added."""
         self._tensors: list[torch.Tensor] = []
+        self._lengths: list[int] = []
         self._size = 0
-        self._found: list[Sketch | Exception] | None = None
+        self._flat: torch.Tensor | None = None
+        self._measured: list[Sketch] | list[Exception] | None = None
         self._lock = threading.RLock()  # a finalizer may ask in the middle of our own calls
 
-    def add(self, tensor: torch.Tensor) -> Later | None:
-        """Have a copy wait; None where the group is measured already."""
-        with self._lock:
-            if self._found is not None:
-                return None
-            self._tensors.append(tensor)
-            self._size += tensor.numel()
-            later = Later(self, len(self._tensors) - 1)
-            if _is_full(self._size, len(self._tensors)):
-                self.found()
-            return later
+    def add(self, tensor: torch.Tensor) -> Later:
+        """Take a tensor in."""
+        size = tensor.numel()
+        self._tensors.append(tensor)
+        self._lengths.append(size)
+        self._size += size
+        self.is_full = self._size > BLOCK - SMALL or len(self._lengths) == GROUP
+        return Later(self, len(self._lengths) - 1)
 
-    def found(self) -> list[Sketch | Exception]:
+    def add_copy(self, tensor: torch.Tensor) -> Later | None:
+        """Take a tensor in that nobody else has; None where the group is full or measured already."""
+        with self._lock:
+            return None if self.is_full else self.add(tensor)
+
+    def copy(self) -> None:
+        """Copy the values, so that the tensors are no longer needed; call it under `Unseen`."""
+        self.is_full = True
+        self._flat = flattened(self._tensors)
+        self._tensors = []
+
+    def measured(self) -> list[Sketch] | list[Exception]:
         """What was found for each tensor, in the order in which they came."""
-        if self._found is None:
+        if self._measured is None:
             with self._lock, Unseen():
-                if self._found is None:
-                    self._found = _measure_group(self._tensors)
-                    self._tensors = []
-        return self._found
+                if self._measured is None:
+                    try:
+                        if self._flat is None:
+                            self.copy()
+                        assert self._flat is not None
+                        self._measured = _sketches(self._flat.float().numpy(), np.array(self._lengths))
+                    except Exception as error:
+                        self._measured = [error] * len(self._lengths)
+                    self._flat = None
+        return self._measured
 
 
 class Batch:
-    """Takes tensors of any kind as they come; copies of small ones wait until there are enough of them.
+    """Takes tensors of any kind as they come; small ones are copied and measured together when one is asked for.
 
-    What waits is at most `BLOCK` elements a type. Tensors may be added from several threads.
+    Tensors may be added from several threads.
 
     Example:
         >>> import torch
@@ -173,7 +193,7 @@ class Batch:
         self._groups: dict[torch.dtype, _Group] = {}
 
     def add(self, tensor: torch.Tensor) -> Sketch | Later:
-        """Measure a tensor now, or as it is now.
+        """Measure a tensor as it is now, at once or later.
 
         Args:
             tensor: As for `measure`.
@@ -188,13 +208,12 @@ class Batch:
             if not _is_small(tensor):
                 return measure(tensor)
             copy = tensor.clone()
-            group = self._groups.get(copy.dtype)
-            later = group.add(copy) if group is not None else None
-            if later is None:
-                group = self._groups[copy.dtype] = _Group()
-                later = group.add(copy)
-                assert later is not None
-            return later
+        group = self._groups.get(copy.dtype)
+        later = group.add_copy(copy) if group is not None else None
+        if later is None:
+            group = self._groups[copy.dtype] = _Group()
+            later = group.add(copy)
+        return later
 
 
 def _is_small(tensor: torch.Tensor) -> bool:
@@ -232,17 +251,13 @@ class _Room(threading.local):
 _room = _Room()
 
 
-def _measure_group(tensors: list[torch.Tensor]) -> list[Sketch | Exception]:
-    """Sketches of tensors of one type with 1 to `BLOCK` elements in all, or what went wrong; call it under `Unseen`."""
-    try:
-        return [*_sketches(tensors)]
-    except Exception as error:
-        return [error] * len(tensors)
+def _sketches(flat: npt.NDArray[np.float32], lengths: IntArray) -> list[Sketch]:
+    """Sketches of values that stand one tensor behind the other, 1 to `BLOCK` in all.
 
-
-def _sketches(tensors: list[torch.Tensor]) -> list[Sketch]:
-    flat = flattened(tensors).float().numpy()
-    lengths = np.array([tensor.numel() for tensor in tensors])
+    Args:
+        flat: The values, float32 of shape (n,).
+        lengths: How many of them each tensor has, at least 1.
+    """
     ends = np.cumsum(lengths)
     starts = ends - lengths
     with np.errstate(all="ignore"):  # sums of Inf are NaN, which is not used

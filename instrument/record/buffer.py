@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 
 from instrument.capture.names import Site
+from instrument.measure.batch import Later
 from instrument.measure.sketch import Sketch, merge_all
 from instrument.record.tags import tag_of
 
@@ -21,7 +22,7 @@ class StepRecord(Mapping[str, Sketch]):
 
     Args:
         step: Number of the step, from 0.
-        sketches: Tag to sketch.
+        sketches: Tag to sketch, or to what will give it when the record is read.
         wall_time: Seconds since 1970 at which the step ended.
         skipped: Whether the optimizer left the parameters as they were, because a gradient scaler found Inf.
 
@@ -35,20 +36,29 @@ class StepRecord(Mapping[str, Sketch]):
 
     __slots__ = ("_sketches", "skipped", "step", "wall_time")
 
-    def __init__(self, step: int, sketches: Mapping[str, Sketch], wall_time: float, skipped: bool = False) -> None:
+    def __init__(
+        self, step: int, sketches: Mapping[str, Sketch | Later], wall_time: float, skipped: bool = False
+    ) -> None:
         self.step = step
         self.skipped = skipped
         self.wall_time = wall_time
         self._sketches = dict(sketches)
 
     def __getitem__(self, tag: str) -> Sketch:
-        return self._sketches[tag]
+        found = self._sketches[tag]
+        if isinstance(found, Later):
+            found = self._sketches[tag] = found.sketch()
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sketches)
 
     def __len__(self) -> int:
         return len(self._sketches)
+
+    def joined(self, sketches: Mapping[str, Sketch | Later], wall_time: float, skipped: bool) -> StepRecord:
+        """This record with more sketches."""
+        return StepRecord(self.step, {**self._sketches, **sketches}, wall_time, skipped)
 
     def __repr__(self) -> str:
         return f"StepRecord(step={self.step}, {len(self)} sketches)"
@@ -69,7 +79,7 @@ class Buffer:
         self.skipped = False
         """Whether the optimizer skipped this step."""
         self._wall_time = 0.0
-        self._parts: dict[Site, list[Sketch]] = {}
+        self._parts: dict[Site, list[Sketch | Later]] = {}
 
     def open(self, step: int) -> None:
         """Begin to collect a step, or go on with it."""
@@ -78,12 +88,12 @@ class Buffer:
             self.skipped = False
         self.step = step
 
-    def add(self, site: Site, sketch: Sketch) -> None:
+    def add(self, site: Site, sketch: Sketch | Later) -> None:
         """Add a sketch to the step; sketches of one site are merged."""
         parts = self._parts.setdefault(site, [])
         parts.append(sketch)
         if len(parts) > MERGE_AFTER:
-            parts[:] = [merge_all(parts)]
+            parts[:] = [_merged(parts)]
 
     def discard(self, site: Site) -> None:
         """Forget what the step has of this site."""
@@ -111,11 +121,18 @@ class Buffer:
         self.step, self._parts = None, {}
         if step is None or not parts:
             return None
-        sketches = {tag_of(site): merge_all(sketches) for site, sketches in parts.items()}
+        sketches = {tag_of(site): _merged(found) for site, found in parts.items()}
         if self.history and self.history[-1].step == step:
             earlier = self.history.pop()
             sketches = {tag: sketch for tag, sketch in sketches.items() if tag not in earlier}
-            self.history.append(StepRecord(step, {**earlier, **sketches}, self._wall_time, self.skipped))
+            self.history.append(earlier.joined(sketches, self._wall_time, self.skipped))
         else:
             self.history.append(StepRecord(step, sketches, self._wall_time, self.skipped))
         return StepRecord(step, sketches, self._wall_time, self.skipped) if sketches else None
+
+
+def _merged(parts: list[Sketch | Later]) -> Sketch | Later:
+    """The parts of one site as one; a part that is alone may wait on."""
+    if len(parts) == 1:
+        return parts[0]
+    return merge_all(part.sketch() if isinstance(part, Later) else part for part in parts)

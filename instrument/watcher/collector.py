@@ -9,12 +9,13 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from instrument.capture.names import MODULE_KINDS, ModuleEntry, Selection, Site, select
+from instrument.capture.names import MODULE_KINDS, ModuleEntry, Site
 from instrument.capture.parameters import Parameters
 from instrument.capture.patterns import Patterns
+from instrument.capture.selector import Selector
 from instrument.config import Config
 from instrument.errors import UnmeasurableError
-from instrument.measure.batch import Batch, Later, measure_many
+from instrument.measure.batch import Batch, Later, measure_later
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import Buffer, StepRecord
 from instrument.torch_private import version_of
@@ -40,10 +41,10 @@ class Collector:
         self.buffer = Buffer(config.history)
         self.parameters = Parameters()
         self._model = weakref.ref(model)
+        self._selector = Selector(model, patterns, config.kinds)
         self._kinds = config.kinds
         self._patterns = patterns
         self._notices = notices
-        self._sites: tuple[Site, ...] = ()
         self._outputs: dict[Site, dict[Site, None]] = {}
         self._batch = Batch()
         self._last: tuple[weakref.ref[torch.Tensor], int, Sketch | Later] | None = None
@@ -52,11 +53,11 @@ class Collector:
     @property
     def sites(self) -> tuple[Site, ...]:
         """What is watched; a module with several outputs stands for each of them once it has run."""
-        return tuple(site for base in self._sites for site in self._outputs.get(base, (base,)))
+        return tuple(site for base in self._bases() for site in self._outputs.get(base, (base,)))
 
     def watched_modules(self) -> list[str]:
         """Names of the modules whose activations are selected."""
-        return [site.name for site in self._sites if site.kind == "activations"]
+        return list(self._selector.module_names) if "activations" in self._kinds else []
 
     def wants_kind(self, kind: str) -> bool:
         """Whether anything of this kind is watched."""
@@ -68,18 +69,15 @@ class Collector:
 
     def select(self) -> tuple[ModuleEntry, ...]:
         """Look at the model as it is now; returns the selected modules."""
-        model = self._model()
-        if model is None:  # the parameters selected last stand, for the last step to be logged
-            return ()
-        selection = select(model, self._patterns, self._kinds)
-        self.parameters.select(selection.parameters)
-        self._sites = tuple(self._sites_of(selection))
-        return selection.modules
+        modules = self._selector.select()
+        self.parameters.select(self._selector.parameters)
+        return modules
 
-    def _sites_of(self, selection: Selection) -> Iterator[Site]:
-        for entry in selection.modules:
-            yield from (Site(kind, entry.name) for kind in self._kinds if kind in MODULE_KINDS)
-        for place in selection.parameters:
+    def _bases(self) -> Iterator[Site]:
+        """What is selected; a module stands for all its outputs."""
+        for name in self._selector.module_names:
+            yield from (Site(kind, name) for kind in self._kinds if kind in MODULE_KINDS)
+        for place in self._selector.parameters:
             yield from (Site(kind, place.name) for kind in self._kinds if kind not in MODULE_KINDS)
 
     def every_parameter(self) -> list[nn.Parameter]:
@@ -130,7 +128,7 @@ class Collector:
     def add(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
         """Measure tensors into the record."""
         sites: list[Site] = []
-        for site, found in zip(sites, measure_many(self._wanted(tensors, sites)), strict=True):
+        for site, found in zip(sites, measure_later(self._wanted(tensors, sites)), strict=True):
             if isinstance(found, Exception):
                 self._cannot(site, found)
             else:
@@ -164,11 +162,10 @@ class Collector:
             if item is None:
                 self._notices.say(f"{place_of(site)} could not be measured inside the graph")
                 continue
-            try:
-                sketch = item.sketch() if isinstance(item, Later) else item
-            except Exception as error:
-                self._cannot(site, error)
-                continue
             if scale is not None and site.kind == "activation_gradients":
-                sketch = sketch.divided(float(scale))
-            self.buffer.add(site, sketch)
+                try:
+                    item = (item.sketch() if isinstance(item, Later) else item).divided(float(scale))
+                except Exception as error:
+                    self._cannot(site, error)
+                    continue
+            self.buffer.add(site, item)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instrument.errors import UnmeasurableError
-from instrument.measure.batch import GROUP, SMALL, Batch, Later, measure_many
+from instrument.measure.batch import GROUP, SMALL, Batch, Later, measure_later, measure_many
 from instrument.measure.custom_op import measure
 from instrument.measure.sketch import Sketch
 
@@ -123,13 +123,22 @@ def test_a_batch_measures_the_values_that_were_there_when_they_were_added() -> N
     assert again.sketch().zero_count == 1
 
 
-def test_a_batch_holds_no_more_than_a_group() -> None:
-    """What was added is measured when a group is full, so that it does not pile up."""
-    batch, count = Batch(), 3 * GROUP
+@pytest.mark.parametrize("count", [1, 2, 3 * GROUP])
+def test_what_is_measured_later_has_the_values_of_now(count: int) -> None:
+    """Tensors that change after they were handed over, one alone among them, are measured as they were."""
+    tensors = [torch.full((2,), float(index)) for index in range(count)]
+    found = measure_later(tensors)
+    for tensor in tensors:
+        tensor.fill_(-1.0)
+    assert [item.sketch().mean for item in found if isinstance(item, Later)] == [float(i) for i in range(count)]
+
+
+def test_a_batch_gives_every_tensor_its_own_sketch_across_groups() -> None:
+    """More tensors than a group takes come back each with its own values, whichever is asked for first."""
+    batch, count = Batch(), 3 * GROUP + 5
     added = [batch.add(torch.full((2,), float(index))) for index in range(count)]
-    (group,) = batch._groups.values()
-    assert len(group._tensors) < GROUP
-    assert [item.sketch().mean for item in added if isinstance(item, Later)] == [float(i) for i in range(count)]
+    means = [item.sketch().mean for item in reversed(added) if isinstance(item, Later)]
+    assert means == [float(index) for index in reversed(range(count))]
 
 
 def test_a_batch_takes_tensors_from_several_threads() -> None:
@@ -155,7 +164,7 @@ def test_a_batch_takes_tensors_from_several_threads() -> None:
 def test_what_goes_wrong_in_a_group_is_told_for_each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault in measuring together is handed to whoever asks for a sketch of the group, and raised nowhere else."""
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("deliberate")
 
     item = Batch().add(torch.ones(2))
