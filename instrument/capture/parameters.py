@@ -8,6 +8,7 @@ backward leaves gradients in the discriminator, which no one will ever apply.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -78,12 +79,12 @@ class Parameters:
                 if scale is not None:
                     with Unseen():
                         gradient = gradient / scale
-                yield Site("gradients", name), gradient
+                yield _site("gradients", name), gradient
 
     def values(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[Site, torch.Tensor]]:
         """The parameters themselves, as tensors that are not set up for gradients."""
         for name, parameter in parameters:
-            yield Site("parameters", name), parameter
+            yield _site("parameters", name), parameter
 
     def remember(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
         """Keep a sample of each parameter as it is before the step."""
@@ -100,7 +101,11 @@ class Parameters:
                     after = _sample(parameter)
                     change = after.double() - before.double() if after.shape == before.shape else None
                 if change is not None:
-                    yield Site("updates", name), change
+                    yield _site("updates", name), change
+
+
+_site = functools.lru_cache(maxsize=65_536)(Site)
+"""The same sites come again each step: made anew they would keep the garbage collector busy."""
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:

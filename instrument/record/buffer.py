@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -79,7 +80,8 @@ class Buffer:
         self.skipped = False
         """Whether the optimizer skipped this step."""
         self._wall_time = 0.0
-        self._parts: dict[Site, list[Sketch | Later]] = {}
+        self._parts: dict[Site, Sketch | Later | list[Sketch | Later]] = {}
+        # Most sites have one sketch a step: a list for each would keep the garbage collector busy.
 
     def open(self, step: int) -> None:
         """Begin to collect a step, or go on with it."""
@@ -90,7 +92,12 @@ class Buffer:
 
     def add(self, site: Site, sketch: Sketch | Later) -> None:
         """Add a sketch to the step; sketches of one site are merged."""
-        parts = self._parts.setdefault(site, [])
+        parts = self._parts.get(site)
+        if parts is None:
+            self._parts[site] = sketch
+            return
+        if not isinstance(parts, list):
+            parts = self._parts[site] = [parts]
         parts.append(sketch)
         if len(parts) > MERGE_AFTER:
             parts[:] = [_merged(parts)]
@@ -121,7 +128,7 @@ class Buffer:
         self.step, self._parts = None, {}
         if step is None or not parts:
             return None
-        sketches = {tag_of(site): _merged(found) for site, found in parts.items()}
+        sketches = {_known_tag(site): _merged(found) for site, found in parts.items()}
         if self.history and self.history[-1].step == step:
             earlier = self.history.pop()
             sketches = {tag: sketch for tag, sketch in sketches.items() if tag not in earlier}
@@ -131,8 +138,12 @@ class Buffer:
         return StepRecord(step, sketches, self._wall_time, self.skipped) if sketches else None
 
 
-def _merged(parts: list[Sketch | Later]) -> Sketch | Later:
+_known_tag = functools.lru_cache(maxsize=65_536)(tag_of)
+"""The tags of sites come again each step."""
+
+
+def _merged(parts: Sketch | Later | list[Sketch | Later]) -> Sketch | Later:
     """The parts of one site as one; a part that is alone may wait on."""
-    if len(parts) == 1:
-        return parts[0]
+    if not isinstance(parts, list):
+        return parts
     return merge_all(part.sketch() if isinstance(part, Later) else part for part in parts)

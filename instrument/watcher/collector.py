@@ -136,8 +136,9 @@ class Collector:
 
     def _wanted(self, tensors: Iterable[tuple[Site, torch.Tensor]], sites: list[Site]) -> Iterator[torch.Tensor]:
         """The tensors that are watched; their sites are added to those given."""
-        for site, tensor in tensors:
-            if self.wants(site):
+        kinds, is_broken = self._kinds, self._notices.is_broken
+        for site, tensor in tensors:  # their names are those that were selected
+            if site.kind in kinds and not is_broken(site):
                 sites.append(site)
                 yield tensor
 
