@@ -276,12 +276,33 @@ def _sketches(flat: npt.NDArray[np.float32], lengths: IntArray) -> list[Sketch]:
     moments = zip(*(array.tolist() for array in (totals, squares, low, high, lengths, zeros)), strict=True)
     parts = itertools.pairwise(cuts.tolist())
     sketches = [
-        Sketch.of_finite(occurring[start:end], counts[start:end], *of_one)
+        _finite_sketch(occurring[start:end], counts[start:end], of_one)
         for (start, end), of_one in zip(parts, moments, strict=True)
     ]
     for index in is_rare.nonzero()[0].tolist():
         sketches[index] = Sketch.from_dense(*measure_exactly(flat[starts[index] : ends[index]]))
     return sketches
+
+
+def _finite_sketch(
+    codes: npt.NDArray[np.uint16], counts: IntArray, moments: tuple[float, float, float, float, int, int]
+) -> Sketch:
+    """A sketch without NaN and Inf; a frozen dataclass itself sets its fields by one slow call each."""
+    total, total_squares, low, high, count, zero_count = moments
+    sketch = object.__new__(Sketch)
+    sketch.__dict__.update(
+        codes=codes,
+        counts=counts,
+        total=total,
+        total_squares=total_squares,
+        low=low,
+        high=high,
+        count=count,
+        zero_count=zero_count,
+        nan_count=0,
+        inf_count=0,
+    )
+    return sketch
 
 
 def _count_codes(
