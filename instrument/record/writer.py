@@ -56,6 +56,10 @@ class _Events:
         file = self._file
         self._worker.submit(lambda: file.write(build()), size)
 
+    @property
+    def seconds(self) -> float:
+        return self._worker.seconds
+
     def flush(self) -> None:
         self._worker.submit(self._file.retry)
         if not self._worker.flush(EXIT_PATIENCE_SECONDS):
@@ -141,12 +145,21 @@ class SummaryWriter(TorchSummaryWriter):
         """
         self._get_file_writer().event_writer.add_built(build, size)
 
+    @property
+    def seconds(self) -> float:
+        """Time of the processor that the writer's thread has taken so far."""
+        own: Any = self  # torch declares its attributes as None
+        return own.file_writer.event_writer.seconds if own.file_writer is not None else 0.0
+
 
 class RecordSink(Protocol):
     """Where step records go."""
 
     def write(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
         """Write the scalars of a record, its histograms, or both; returns at once."""
+
+    def scalar(self, tag: str, number: float, step: int) -> None:
+        """Write a scalar; returns at once."""
 
     def text(self, tag: str, build: Callable[[], str], step: int) -> None:
         """Write a text that is built in the background; returns at once."""
@@ -156,6 +169,10 @@ class RecordSink(Protocol):
 
     def close(self) -> None:
         """Flush, and close the writer if it is ours."""
+
+    @property
+    def seconds(self) -> float:
+        """Time of the processor that the background has taken so far."""
 
 
 def sink_for(writer: Any, is_users: bool = True) -> RecordSink:
@@ -213,6 +230,15 @@ class OwnSink:
         if histograms:
             for part in histogram_slices(record):
                 yield histogram_values(part)
+
+    def scalar(self, tag: str, number: float, step: int) -> None:
+        """Write a scalar."""
+        self._writer.add_scalar(tag, number, step)
+
+    @property
+    def seconds(self) -> float:
+        """Time of the processor that the writer's thread has taken so far."""
+        return self._writer.seconds
 
     def text(self, tag: str, build: Callable[[], str], step: int) -> None:
         """Write a text."""
@@ -272,6 +298,15 @@ class ForeignSink:
                         )
 
         self._worker.submit(add, BYTES_PER_SKETCH * len(record))
+
+    def scalar(self, tag: str, number: float, step: int) -> None:
+        """Write a scalar."""
+        self._worker.submit(lambda: self._writer.add_scalar(tag, number, step))
+
+    @property
+    def seconds(self) -> float:
+        """Time of the processor that our thread has taken so far."""
+        return self._worker.seconds
 
     def text(self, tag: str, build: Callable[[], str], step: int) -> None:
         """Write a text, where the writer takes texts."""

@@ -36,6 +36,8 @@ from instrument.watcher.session import Session
 __all__ = ["Watcher", "unwatch", "watch"]
 
 HEALTH_TAG = "health"
+INTERVAL_TAG = "instrument/interval"
+"""Scalar of the steps between samples that a budget has led to."""
 
 
 def watch(
@@ -54,6 +56,7 @@ def watch(
     compiled: str = OUTSIDE,
     ranks: str = FIRST,
     functions: Mapping[str, str] | None = None,
+    budget: float | None = None,
     strict: bool = False,
 ) -> Watcher:
     """Watch a model while it trains: one line, and nothing in the training changes.
@@ -80,6 +83,8 @@ def watch(
         compiled: What to do inside regions of `torch.compile`: "outside", "graph" or "eager".
         ranks: Under `torch.distributed`: "first", "merge" or "each".
         functions: Nonlinearities that are called as functions: glob over module names to function name.
+        budget: Share of the training time that the watch may take, such as 0.01. Where it would take more, steps are
+            sampled more rarely: every 2nd, 5th, 10th, 20th ... of those that would be, and histograms on a multiple.
         strict: Whether faults of this library are raised instead of told.
 
     Returns:
@@ -102,7 +107,7 @@ def watch(
         config,
         interval,
         {"include": EVERYTHING, "exclude": NOTHING, "kinds": USUAL_KINDS, "compiled": OUTSIDE, "ranks": FIRST,
-         "scalar_interval": None, "functions": None},
+         "scalar_interval": None, "functions": None, "budget": None},
         include=include,
         exclude=exclude,
         kinds=kinds,
@@ -110,6 +115,7 @@ def watch(
         ranks=ranks,
         scalar_interval=scalar_interval,
         functions=functions,
+        budget=budget,
     )  # fmt: skip
     first_step = check_step(initial_step, "initial_step")
     clock = check_optimizer(optimizer)
@@ -198,7 +204,9 @@ class Watcher:
         self._key = id(model)
         self._model = weakref.ref(model)
         try:
-            self._session = Session(model, self.config, patterns, self._emit, optimizer, initial_step, strict)
+            self._session = Session(
+                model, self.config, patterns, self._emit, optimizer, initial_step, strict, self._written
+            )
             for note in notes:
                 self._session.notices.say(note)
             self._session.open()
@@ -294,6 +302,11 @@ class Watcher:
     def _emit(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
         if self._sink is not None:
             self._sink.write(record, scalars, histograms)
+            if self.config.budget and self._session is not None:
+                self._sink.scalar(INTERVAL_TAG, self._session.schedule.scalar_interval, record.step)
+
+    def _written(self) -> float:
+        return self._sink.seconds if self._sink is not None else 0.0
 
     def __enter__(self) -> Watcher:
         return self
@@ -307,7 +320,11 @@ class Watcher:
         if self._off:
             return f"Watcher(off: {self._off})"
         state = "closed" if self._is_closed else f"step {self._session.clock.step if self._session else 0}"
-        return f"Watcher({state}, {len(self.sites)} sites, logdir={self.logdir!r})"
+        every = ""
+        if self.config.budget and self._session is not None:
+            schedule = self._session.schedule
+            every = f"every {schedule.scalar_interval} steps, histograms every {schedule.histogram_interval}, "
+        return f"Watcher({state}, {every}{len(self.sites)} sites, logdir={self.logdir!r})"
 
 
 class _NullWriter:
