@@ -249,6 +249,9 @@ class Config:
     budget: float = _key(0.0, _as_share)
     """Share of the training time that the watch may take, by sampling more rarely; 0 means no limit."""
 
+    histogram_sample_above: int = _key(0, lambda value: _as_whole(value, 0))
+    """Elements of a tensor beyond which its histogram is of about as many of them, 8192 at least; 0 means of all."""
+
     dead_window_samples: int = _key(4096, lambda value: _as_whole(value, 1))
     """Samples a unit must have been silent for before it is called dead."""
 

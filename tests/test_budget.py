@@ -85,7 +85,8 @@ def test_the_interval_shrinks_again_where_the_cost_is_gone() -> None:
     clock = Clock()
     meter = Meter(clock)
     budget = Budget(0.01, 1, meter, float, clock)
-    factors, step = [], 0
+    factors: list[int] = []
+    step = 0
     for cost in [0.2] * 10 + [0.19] * 10 + [0.01] * 20:
         clock.now += factors[-1] if factors else 1.0
         step += factors[-1] if factors else 1

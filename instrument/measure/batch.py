@@ -63,11 +63,12 @@ def measure_many(tensors: Iterable[torch.Tensor]) -> list[Sketch | Exception]:
     return [item.found() if isinstance(item, Later) else item for item in measure_later(tensors)]
 
 
-def measure_later(tensors: Iterable[torch.Tensor]) -> list[Sketch | Later | Exception]:
+def measure_later(tensors: Iterable[torch.Tensor], sample_above: int = 0) -> list[Sketch | Later | Exception]:
     """Measure several tensors as they are now; small ones are copied, for a microsecond each, and measured on demand.
 
     Args:
         tensors: As for `measure`. They may be made one by one: large ones are not held.
+        sample_above: As for `measure`.
 
     Returns:
         For each tensor its sketch, or what will give it, or the exception that `measure` raises.
@@ -92,7 +93,7 @@ def measure_later(tensors: Iterable[torch.Tensor]) -> list[Sketch | Later | Exce
                         group = groups[tensor.dtype] = _Group()
                     found.append(group.add(tensor))
                 else:
-                    found.append(measure(tensor))
+                    found.append(measure(tensor, sample_above))
             except Exception as error:
                 found.append(error)
         for group in groups.values():
@@ -181,6 +182,9 @@ class Batch:
 
     Tensors may be added from several threads.
 
+    Args:
+        sample_above: As for `measure`.
+
     Example:
         >>> import torch
         >>> batch = Batch()
@@ -189,7 +193,8 @@ class Batch:
         (1.0, 2)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sample_above: int = 0) -> None:
+        self._sample_above = sample_above
         self._groups: dict[torch.dtype, _Group] = {}
 
     def add(self, tensor: torch.Tensor) -> Sketch | Later:
@@ -206,7 +211,7 @@ class Batch:
         """
         with Unseen():
             if not _is_small(tensor):
-                return measure(tensor)
+                return measure(tensor, self._sample_above)
             copy = tensor.clone()
         group = self._groups.get(copy.dtype)
         later = group.add_copy(copy) if group is not None else None
@@ -301,6 +306,7 @@ def _finite_sketch(
         zero_count=zero_count,
         nan_count=0,
         inf_count=0,
+        histogram_share=1.0,
     )
     return sketch
 

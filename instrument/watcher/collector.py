@@ -46,7 +46,8 @@ class Collector:
         self._patterns = patterns
         self._notices = notices
         self._outputs: dict[Site, dict[Site, None]] = {}
-        self._batch = Batch()
+        self._sample_above = config.histogram_sample_above
+        self._batch = Batch(self._sample_above)
         self._last: tuple[weakref.ref[torch.Tensor], int, Sketch | Later] | None = None
         self.select()
 
@@ -128,7 +129,7 @@ class Collector:
     def add(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
         """Measure tensors into the record."""
         sites: list[Site] = []
-        for site, found in zip(sites, measure_later(self._wanted(tensors, sites)), strict=True):
+        for site, found in zip(sites, measure_later(self._wanted(tensors, sites), self._sample_above), strict=True):
             if isinstance(found, Exception):
                 self._cannot(site, found)
             else:
