@@ -14,7 +14,7 @@ from torch import nn
 from instrument.capture.names import Site, named_modules, named_parameters
 from instrument.config import ConfigSource, load_config
 from instrument.errors import ConfigError, RunError, UnmeasurableError, warn_quietly
-from instrument.measure.custom_op import measure
+from instrument.measure.batch import measure_many
 from instrument.record.buffer import StepRecord
 from instrument.record.runs import make_run_directory
 from instrument.record.tags import tag_of
@@ -119,11 +119,14 @@ class TensorBoardLogger:
         if self._sink is None:
             return
         sketches = {}
-        for site, tensor in tensors:
-            try:
-                sketches[tag_of(site)] = measure(tensor)
-            except UnmeasurableError as error:
-                warn_quietly(f"{site.kind} of {site.name} are not measured: {error}", stacklevel=3)
+        pairs = list(tensors)
+        for (site, _), found in zip(pairs, measure_many(tensor for _, tensor in pairs), strict=True):
+            if isinstance(found, UnmeasurableError):
+                warn_quietly(f"{site.kind} of {site.name} are not measured: {found}", stacklevel=3)
+            elif isinstance(found, Exception):
+                raise found
+            else:
+                sketches[tag_of(site)] = found
         if sketches:
             self._sink.write(StepRecord(int(step), sketches, time.time()), scalars=False, histograms=True)
 

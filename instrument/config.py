@@ -104,6 +104,14 @@ def _as_whole(value: object, low: int | None = None, high: int | None = None) ->
     return number
 
 
+def _as_share(value: object) -> float:
+    """A share from 0 to below 1."""
+    allowed = "a share from 0 (no limit) to below 1, such as 0.01"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ConfigError(f"found {value!r}, allowed is {allowed}")
+    return float(value)
+
+
 def _as_choice(value: object, choices: tuple[str, ...]) -> str:
     if isinstance(value, str) and value in choices:
         return value
@@ -263,6 +271,12 @@ class Config:
 
     history: int = _key(64, lambda value: _as_whole(value, 1))
     """Step records kept in memory."""
+
+    budget: float = _key(0.0, _as_share)
+    """Share of the training time that the watch may take, by sampling more rarely; 0 means no limit."""
+
+    histogram_sample_above: int = _key(0, lambda value: _as_whole(value, 0))
+    """Elements of a tensor beyond which its histogram is of about as many of them, 8192 at least; 0 means of all."""
 
     dead_window_samples: int = _key(4096, lambda value: _as_whole(value, 1))
     """Samples a unit must have been silent for before it is called dead."""

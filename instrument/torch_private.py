@@ -17,6 +17,7 @@
 | was a caller compiled? | frames of `torch/_dynamo/eval_frame.py` | never said to be: in such functions `compiled="eager"` sees the first call of a step alone |
 | run a function while a graph is traced, not in it | the mark `_dynamo_marked_constant` that `torch.compiler.assume_constant_result` sets | (older than all versions we support) |
 | children and parameters of a module, without computing | `Module._modules`, `Module._parameters` | (older than all versions we support) |
+| many tensors in one row | `torch._C._nn.flatten_dense_tensors` | each is made flat by a call of its own, 0.6 us dearer a tensor |
 | how often a tensor was changed in place | `Tensor._version` | (older than all versions we support) |
 | hooks of the user's on a parameter | `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks` | (the second: none) |
 | flat parameters of FSDP1 | `FullyShardedDataParallel._handle` and attributes of its `flat_param` | shards count as copies: not said to be shards, and not added up over ranks |
@@ -32,7 +33,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +46,7 @@ __all__ = [
     "can_hide",
     "children_of",
     "flat_parameters",
+    "flattened",
     "has_hooks",
     "in_backward",
     "in_compiled_call",
@@ -88,6 +90,7 @@ _disable_torch_function: Callable[[], contextlib.AbstractContextManager[Any]] = 
     _lookup("torch._C.DisableTorchFunction") or contextlib.nullcontext
 )
 _is_fake: Callable[[object], bool] | None = _lookup("torch._subclasses.fake_tensor.is_fake")
+_flatten: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = _lookup("torch._C._nn.flatten_dense_tensors")
 
 
 def in_backward() -> bool:
@@ -119,6 +122,13 @@ def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | Non
     """The module's own dictionary of parameters; reading its attributes may compute, as under `spectral_norm`."""
     own: Any = module._parameters
     return own if isinstance(own, dict) else dict(own.items())  # script modules have a wrapper of another kind
+
+
+def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The values of tensors of one type, one tensor behind the other, as a new tensor of shape (n,)."""
+    if _flatten is not None and len(tensors) > 1:  # of one it makes a view
+        return _flatten(tensors)
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def version_of(tensor: torch.Tensor) -> int:

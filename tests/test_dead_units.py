@@ -406,7 +406,7 @@ def test_constant_units(tmp_path: Path) -> None:
     """A unit whose weights are zero and frozen returns its bias for ever: constant, and not dead."""
     model = mlp(nn.Tanh())
     with torch.no_grad():
-        model[0].weight[2] = 0.0  # type: ignore[operator, index]
+        model[0].weight[2] = 0.0  # type: ignore[operator]
     model[0].requires_grad_(False)
     found = train(model, tmp_path)
     assert (found["0"].constant, found["1"].constant, found["1"].dead) == ((2,), (2,), ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -130,12 +130,12 @@ def test_a_fault_of_ours_is_told_once_and_training_goes_on(tmp_path: Path, monke
     plain = mlp()
     expected = train(plain, torch.optim.SGD(plain.parameters(), lr=0.1), 5)
 
-    def broken(tensor: torch.Tensor) -> object:
-        raise ZeroDivisionError("deliberate")
+    def broken(tensors: Iterable[torch.Tensor], sample_above: int) -> list[Exception]:
+        return [ZeroDivisionError("deliberate") for _ in tensors]
 
     model = mlp()
     watcher = instrument.watch(model, include=["0"], kinds=("gradients",), interval=1, logdir=tmp_path)
-    monkeypatch.setattr("instrument.watcher.collector.measure", broken)
+    monkeypatch.setattr("instrument.watcher.collector.measure_later", broken)
     with pytest.warns(
         instrument.InstrumentWarning, match=r"gradients of 0\.(weight|bias): this library failed"
     ) as caught:
@@ -149,12 +149,12 @@ def test_a_fault_of_ours_is_told_once_and_training_goes_on(tmp_path: Path, monke
 def test_warnings_as_errors_do_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where warnings are errors, as in this test suite, a fault of ours still raises nothing."""
 
-    def broken(tensor: torch.Tensor) -> object:
-        raise ZeroDivisionError("deliberate")
+    def broken(tensors: Iterable[torch.Tensor], sample_above: int) -> list[Exception]:
+        return [ZeroDivisionError("deliberate") for _ in tensors]
 
     model = mlp()
     watcher = instrument.watch(model, interval=1, logdir=tmp_path)
-    monkeypatch.setattr("instrument.watcher.collector.measure", broken)
+    monkeypatch.setattr("instrument.watcher.collector.measure_later", broken)
     assert len(train(model, torch.optim.SGD(model.parameters(), lr=0.1), 3)) == 3
     assert watcher.notices
     watcher.close()
@@ -163,12 +163,12 @@ def test_warnings_as_errors_do_not_end_training(tmp_path: Path, monkeypatch: pyt
 def test_strict_raises_faults_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `strict=True` the same fault is raised where it happens."""
 
-    def broken(tensor: torch.Tensor) -> object:
-        raise ZeroDivisionError("deliberate")
+    def broken(tensors: Iterable[torch.Tensor], sample_above: int) -> list[Exception]:
+        return [ZeroDivisionError("deliberate") for _ in tensors]
 
     model = mlp()
     instrument.watch(model, interval=1, logdir=tmp_path, strict=True)
-    monkeypatch.setattr("instrument.watcher.collector.measure", broken)
+    monkeypatch.setattr("instrument.watcher.collector.measure_later", broken)
     with pytest.raises(ZeroDivisionError, match="deliberate"):
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
     monkeypatch.undo()

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 
 import instrument
 from instrument.config import KINDS
+from instrument.measure.batch import Batch, Later
 from instrument.record.runs import resolve_run
 
 from .training import batch, mlp, read_back, train
@@ -144,13 +145,13 @@ def test_a_container_that_returns_what_its_child_returned_is_measured_once(
             return out.add_(1.0)
 
     measured: list[torch.Size] = []
-    measure = instrument.measure
+    add = Batch.add
 
-    def counting(tensor: torch.Tensor) -> instrument.Sketch:
+    def counting(batch: Batch, tensor: torch.Tensor) -> instrument.Sketch | Later:
         measured.append(tensor.shape)
-        return measure(tensor)
+        return add(batch, tensor)
 
-    monkeypatch.setattr("instrument.watcher.collector.measure", counting)
+    monkeypatch.setattr(Batch, "add", counting)
     for model, times in ((nn.Sequential(nn.Linear(4, 3)), 1), (InPlace(), 2)):
         measured.clear()
         watcher = instrument.watch(model, kinds="activations", interval=1, logdir=tmp_path, strict=True)

@@ -76,10 +76,10 @@ class ParameterEntry:
 
     def get(self) -> nn.Parameter | None:
         """The parameter as it is now; reading the attribute of the module instead may compute."""
-        if self.kept is not None:
-            return self.kept.get(self.attribute)
         owner = self.owner()
-        return parameters_of(owner).get(self.attribute) if owner is not None else None
+        if owner is not None:
+            return parameters_of(owner).get(self.attribute)
+        return self.kept.get(self.attribute) if self.kept is not None else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ backward leaves gradients in the discriminator, which no one will ever apply.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -27,6 +28,8 @@ class Parameters:
     """Reads the selected parameters of a model, optimizer by optimizer."""
 
     def __init__(self) -> None:
+        self._selected: tuple[ParameterEntry, ...] = ()
+        self._elsewhere: set[int] = set()
         self._entries: tuple[ParameterEntry, ...] = ()
         self._before: dict[str, torch.Tensor] = {}
 
@@ -36,7 +39,12 @@ class Parameters:
         They are kept so that the last step can be logged even when the model is gone by then; not those that
         lead back to their model by a hook or an attribute, since they would keep it alive for ever.
         """
-        self._entries = tuple(_kept(entry) for entry in entries)
+        entries = tuple(entries)
+        owners = {id(owner): owner for entry in entries if (owner := entry.owner()) is not None}
+        elsewhere = {key for key, owner in owners.items() if _leads_elsewhere(owner)}
+        if entries is not self._selected or elsewhere != self._elsewhere:
+            self._selected, self._elsewhere = entries, elsewhere
+            self._entries = tuple(_kept(entry, elsewhere) for entry in entries)
 
     def of(self, optimizer: torch.optim.Optimizer | None = None) -> list[tuple[str, torch.nn.Parameter]]:
         """Names and parameters that are selected and that this optimizer owns.
@@ -71,12 +79,12 @@ class Parameters:
                 if scale is not None:
                     with Unseen():
                         gradient = gradient / scale
-                yield Site("gradients", name), gradient
+                yield _site("gradients", name), gradient
 
     def values(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[Site, torch.Tensor]]:
         """The parameters themselves, as tensors that are not set up for gradients."""
         for name, parameter in parameters:
-            yield Site("parameters", name), parameter
+            yield _site("parameters", name), parameter
 
     def remember(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
         """Keep a sample of each parameter as it is before the step."""
@@ -93,7 +101,11 @@ class Parameters:
                     after = _sample(parameter)
                     change = after.double() - before.double() if after.shape == before.shape else None
                 if change is not None:
-                    yield Site("updates", name), change
+                    yield _site("updates", name), change
+
+
+_site = functools.lru_cache(maxsize=65_536)(Site)
+"""The same sites come again each step: made anew they would keep the garbage collector busy."""
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
@@ -110,16 +122,24 @@ def _sample(parameter: torch.Tensor) -> torch.Tensor:
     return flat[::step] if step > 1 else flat
 
 
-def _kept(entry: ParameterEntry) -> ParameterEntry:
+def _kept(entry: ParameterEntry, elsewhere: set[int]) -> ParameterEntry:
     """The entry with a hold on its owner's dictionary, unless a parameter in that leads elsewhere."""
     owner = entry.owner()
-    if owner is None or any(_leads_elsewhere(p) for p in parameters_of(owner).values() if p is not None):
+    if owner is None or id(owner) in elsewhere:
         return entry
     return dataclasses.replace(entry, kept=parameters_of(owner))
 
 
-def _leads_elsewhere(parameter: torch.nn.Parameter) -> bool:
-    """Whether objects of the user's hang on a parameter: hooks, or attributes of any kind."""
-    return has_hooks(parameter) or not all(
-        isinstance(value, (bool, int, float, str, type(None))) for value in vars(parameter).values()
-    )
+def _leads_elsewhere(owner: torch.nn.Module) -> bool:
+    """Whether objects of the user's hang on a parameter of this module: hooks, or attributes of any kind."""
+    for parameter in parameters_of(owner).values():
+        if parameter is not None:
+            attributes = vars(parameter)
+            if has_hooks(parameter) or (
+                attributes and not all(isinstance(value, _PLAIN) for value in attributes.values())
+            ):
+                return True
+    return False
+
+
+_PLAIN = (bool, int, float, str, type(None))

@@ -16,6 +16,7 @@ loses all its digits.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from typing import TypeAlias
@@ -27,7 +28,7 @@ import torch
 from instrument.measure.sketch import CODES, FloatArray, IntArray, Sketch, empty_moments
 from instrument.measure.tensors import Values, chunks
 
-__all__ = ["BLOCK", "accumulate_cpu", "measure_cpu"]
+__all__ = ["BLOCK", "accumulate_cpu", "measure_cpu", "measure_exactly"]
 
 BLOCK = 131_072
 """Elements in a block."""
@@ -78,15 +79,19 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def measure_cpu(values: Values) -> Sketch:
+def measure_cpu(values: Values, sample_above: int = 0) -> Sketch:
     """Measure the values of a tensor on the CPU; call it under `Unseen`.
 
     Args:
         values: The values, on the CPU.
+        sample_above: Elements beyond which codes are counted of about as many alone; 0 means never. Up to `SMALL`
+            elements it would save nothing.
 
     Returns:
         The sketch.
     """
+    if sample_above and values.tensor.numel() > max(sample_above, SMALL):
+        return _measure_sampled(values, _stride(values.tensor, sample_above))
     if values.repeat == 1 and not values.implied_zeros and 0 < values.tensor.numel() <= BLOCK:
         return Sketch.from_dense(*_measure_block(values.tensor))
     codes, moments = np.zeros(CODES, np.int64), empty_moments()
@@ -94,16 +99,32 @@ def measure_cpu(values: Values) -> Sketch:
     return Sketch.from_dense(codes, moments.tolist())
 
 
-def accumulate_cpu(values: Values, codes: IntArray, moments: FloatArray) -> None:
+def _stride(tensor: torch.Tensor, sample_above: int) -> int:
+    """Every how many elements codes are counted; a step that divides a row would visit the same few columns."""
+    stride = math.ceil(tensor.numel() / sample_above)
+    while any(math.gcd(stride, size) != 1 for size in tensor.shape):
+        stride += 1
+    return stride
+
+
+def _measure_sampled(values: Values, stride: int) -> Sketch:
+    codes, moments = np.zeros(CODES, np.int64), empty_moments()
+    accumulate_cpu(values, codes, moments, stride)
+    return dataclasses.replace(Sketch.from_dense(codes, moments.tolist()), histogram_share=1 / stride)
+
+
+def accumulate_cpu(values: Values, codes: IntArray, moments: FloatArray, stride: int = 1) -> None:
     """Add the values of a tensor to counts of codes and to moments; call it under `Unseen`.
 
     Args:
         values: The values, on the CPU.
         codes: Int64 of shape (4096,), added to in place.
         moments: Float64 of shape (5,), combined in place: count, sum, sum of squares, minimum, maximum.
+        stride: Every how many elements codes are counted, as if the others were spread alike; zeros, NaN, Inf and
+            moments are of all.
     """
     for piece in chunks(values.tensor, BLOCK):
-        counts, found, _ = _measure_block(piece)
+        counts, found, _ = _measure_block(piece, stride)
         if values.repeat != 1:
             counts *= values.repeat
             found = [values.repeat * number for number in found[:3]] + found[3:]
@@ -124,28 +145,43 @@ def _combine(counts: IntArray | int, found: list[float], codes: IntArray, moment
     moments[4] = max(moments[4], high)
 
 
-def _measure_block(piece: torch.Tensor) -> _Measured:
+def _measure_block(piece: torch.Tensor, stride: int = 1) -> _Measured:
     """Counts and moments of one piece of 1 to `BLOCK` elements."""
     if piece.dtype in _QUIET:
-        return _measure_floats(*_as_floats(piece))
+        return _measure_floats(*_as_floats(piece), stride)
     with np.errstate(all="ignore"):  # sums and casts may overflow, which is what they are to do
-        return _measure_floats(*_as_floats(piece))
+        return _measure_floats(*_as_floats(piece), stride)
 
 
-def _measure_floats(single: _Float32Array, exact: _Float32Array | FloatArray) -> _Measured:
+def _measure_floats(single: _Float32Array, exact: _Float32Array | FloatArray, stride: int) -> _Measured:
     """Counts and moments; values that are rare go the exact way."""
     low, high = float(np.minimum.reduce(exact)), float(np.maximum.reduce(exact))
     if not (low >= -_FLOAT32_MAX and high <= _FLOAT32_MAX):  # false for NaN too
-        return _exactly(exact)
-    counts = _count_codes(single)
+        return measure_exactly(exact)
+    sample = exact[::stride]
+    counts = _count_codes(single if stride == 1 else np.ascontiguousarray(single[::stride]))
     coded_zero = int(counts[0] + counts[_SIGN])
     # Code 0 takes what lies below 1.5e-39 too, zero or not.
-    if coded_zero and coded_zero != _count_zeros(exact):
-        return _exactly(exact)
+    if coded_zero and coded_zero != _count_zeros(sample):
+        return measure_exactly(exact)
+    if stride > 1:
+        zeros = _count_zeros(exact)
+        if coded_zero == sample.size and zeros < exact.size:  # the sample has none of those that are not zero
+            return measure_exactly(exact)
+        counts = _spread(counts, zeros, exact.size - zeros)
     double = _scratch.float64_array[: single.size]
     if exact is single:
         np.copyto(double, single)
     return counts, [double.size, float(np.add.reduce(double)), _sum_of_squares(double), low, high], True
+
+
+def _spread(counts: IntArray, zeros: int, others: int) -> IntArray:
+    """Counts of a sample as whole numbers that sum to the counts of all: so many zeros, and so many others."""
+    counts[0] = counts[_SIGN] = 0
+    below = np.cumsum(counts)
+    spread: IntArray = np.diff(np.rint(below * (others / max(1, int(below[-1])))), prepend=0.0).astype(np.int64)
+    spread[0] = zeros
+    return spread
 
 
 def _sum_of_squares(values: FloatArray) -> float:
@@ -187,7 +223,7 @@ def _count_zeros(values: _Float32Array | FloatArray) -> int:
     return int(np.count_nonzero(is_zero))
 
 
-def _exactly(exact: _Float32Array | FloatArray) -> _Measured:
+def measure_exactly(exact: _Float32Array | FloatArray) -> _Measured:
     """Counts and moments where NaN, Inf, or values beyond float32 at either end are about."""
     with np.errstate(all="ignore"):
         values = exact.astype(np.float64)

@@ -42,15 +42,18 @@ def _measure_fake(x: torch.Tensor, codes: torch.Tensor, moments: torch.Tensor) -
     """Nothing is returned, so there is no shape to work out."""
 
 
-def measure(tensor: torch.Tensor) -> Sketch:
+def measure(tensor: torch.Tensor, sample_above: int = 0) -> Sketch:
     """Measure the values of a tensor into a sketch, without changing it or any state of torch.
 
     Args:
         tensor: Of any shape, strides and type: floating point (float8 included), integers, bool; complex by
             its magnitude; sparse by its values plus the zeros implied; DTensor by its local shard.
+        sample_above: The histogram of a tensor with more elements is made of about this many of them, which takes
+            half the time; 0 means that it is always made of all. Statistics and counts of zeros, NaN and Inf are of
+            all values in any case.
 
     Returns:
-        The sketch.
+        The sketch; its `histogram_share` says where it was sampled.
 
     Raises:
         UnmeasurableError: The tensor has no values that can be read (meta, fake, lazy, quantized, nested).
@@ -67,7 +70,7 @@ def measure(tensor: torch.Tensor) -> Sketch:
         raise InstrumentError("a dispatch mode is active and this version of torch offers no way to step out of it")
     with Unseen():
         values = readable(tensor)
-        return measure_cpu(values) if values.tensor.is_cpu else _measure_by_transfer(values)
+        return measure_cpu(values, sample_above) if values.tensor.is_cpu else _measure_by_transfer(values)
 
 
 def _measure_by_transfer(values: Values) -> Sketch:

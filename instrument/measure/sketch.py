@@ -91,6 +91,9 @@ class Sketch:
     inf_count: int = 0
     """Number of positive and negative infinities."""
 
+    histogram_share: float = 1.0
+    """Share of the values that histograms and quantiles are of; everything else is of all values."""
+
     @classmethod
     def empty(cls) -> Sketch:
         """The sketch of no value at all, neutral under `merge`."""
@@ -347,6 +350,8 @@ class Sketch:
         for name, number in (("nan_count", self.nan_count), ("inf_count", self.inf_count)):
             if number:
                 text += f", {name}={number}"
+        if self.histogram_share < 1:
+            text += f", histogram_share={self.histogram_share:.3g}"
         return text + ")"
 
 
@@ -363,15 +368,17 @@ def merge_all(sketches: Iterable[Sketch]) -> Sketch:
     if len(parts) == 1:
         return parts[0]
     dense = np.zeros(CODES, np.int64)
-    count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
+    count, total, squares, low, high, looked_at = 0, 0.0, 0.0, math.inf, -math.inf, 0.0
     for part in parts:
+        looked_at += part.histogram_share * part.count
         dense[part.codes] += part.counts
         count += part.count
         total += part.total
         squares += part.total_squares
         low = min(low, part.low)
         high = max(high, part.high)
-    return Sketch.from_dense(dense, (count, total, squares, low, high))
+    merged = Sketch.from_dense(dense, (count, total, squares, low, high))
+    return merged if looked_at == count else dataclasses.replace(merged, histogram_share=looked_at / count)
 
 
 def _nonzero(counts: IntArray) -> npt.NDArray[np.intp]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 from instrument.capture.names import Site
+from instrument.measure.batch import Later
 from instrument.measure.sketch import Sketch, merge_all
 from instrument.measure.units import DeviceTally, UnitTally, merge_tallies
 from instrument.record.tags import tag_of
@@ -56,7 +58,7 @@ class StepRecord(Mapping[str, Sketch]):
 
     Args:
         step: Number of the step, from 0.
-        sketches: Tag to sketch.
+        sketches: Tag to sketch, or to what will give it when the record is read.
         wall_time: Seconds since 1970 at which the step ended.
         skipped: Whether the optimizer left the parameters as they were, because a gradient scaler found Inf.
         units: Module name to what its units did; parameter name, where rows of its gradient tell that.
@@ -74,7 +76,7 @@ class StepRecord(Mapping[str, Sketch]):
     def __init__(
         self,
         step: int,
-        sketches: Mapping[str, Sketch],
+        sketches: Mapping[str, Sketch | Later],
         wall_time: float,
         skipped: bool = False,
         units: Mapping[str, UnitTally] = NO_UNITS,
@@ -86,13 +88,26 @@ class StepRecord(Mapping[str, Sketch]):
         self._sketches = dict(sketches)
 
     def __getitem__(self, tag: str) -> Sketch:
-        return self._sketches[tag]
+        found = self._sketches[tag]
+        if isinstance(found, Later):
+            found = self._sketches[tag] = found.sketch()
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sketches)
 
     def __len__(self) -> int:
         return len(self._sketches)
+
+    def joined(
+        self,
+        sketches: Mapping[str, Sketch | Later],
+        wall_time: float,
+        skipped: bool,
+        units: Mapping[str, UnitTally] = NO_UNITS,
+    ) -> StepRecord:
+        """This record with more sketches, and other tallies."""
+        return StepRecord(self.step, {**self._sketches, **sketches}, wall_time, skipped, units)
 
     def __repr__(self) -> str:
         return f"StepRecord(step={self.step}, {len(self)} sketches)"
@@ -113,7 +128,8 @@ class Buffer:
         self.skipped = False
         """Whether the optimizer skipped this step."""
         self._wall_time = 0.0
-        self._parts: dict[Site, list[Sketch]] = {}
+        self._parts: dict[Site, Sketch | Later | list[Sketch | Later]] = {}
+        # Most sites have one sketch a step: a list for each would keep the garbage collector busy.
         self._units: dict[str, list[UnitTally | DeviceTally]] = {}
 
     def open(self, step: int) -> None:
@@ -123,12 +139,17 @@ class Buffer:
             self.skipped = False
         self.step = step
 
-    def add(self, site: Site, sketch: Sketch) -> None:
+    def add(self, site: Site, sketch: Sketch | Later) -> None:
         """Add a sketch to the step; sketches of one site are merged."""
-        parts = self._parts.setdefault(site, [])
+        parts = self._parts.get(site)
+        if parts is None:
+            self._parts[site] = sketch
+            return
+        if not isinstance(parts, list):
+            parts = self._parts[site] = [parts]
         parts.append(sketch)
         if len(parts) > MERGE_AFTER:
-            parts[:] = [merge_all(parts)]
+            parts[:] = [_merged(parts)]
 
     def add_units(self, name: str, tally: UnitTally | DeviceTally) -> None:
         """Add a tally of a module's units to the step; tallies of one name are merged."""
@@ -174,15 +195,27 @@ class Buffer:
         self.step, self._parts, self._units = None, {}, {}
         if step is None or not parts:
             return None
-        sketches = {tag_of(site): merge_all(sketches) for site, sketches in parts.items()}
-        kept, kept_units = sketches, units
+        sketches = {_known_tag(site): _merged(found) for site, found in parts.items()}
         newest = self.history[-1] if self.history else None
         if newest is not None and newest.step == step:
             self.history.pop()
             sketches = {tag: sketch for tag, sketch in sketches.items() if tag not in newest}
             units = units.without(newest.units)
-            kept, kept_units = {**newest, **sketches}, units.beside(newest.units)
-        elif newest is not None:
-            newest.units = NO_UNITS
-        self.history.append(StepRecord(step, kept, self._wall_time, self.skipped, kept_units))
+            kept = newest.joined(sketches, self._wall_time, self.skipped, units.beside(newest.units))
+        else:
+            kept = StepRecord(step, sketches, self._wall_time, self.skipped, units)
+            if newest is not None:
+                newest.units = NO_UNITS
+        self.history.append(kept)
         return StepRecord(step, sketches, self._wall_time, self.skipped, units) if sketches else None
+
+
+_known_tag = functools.lru_cache(maxsize=65_536)(tag_of)
+"""The tags of sites come again each step."""
+
+
+def _merged(parts: Sketch | Later | list[Sketch | Later]) -> Sketch | Later:
+    """The parts of one site as one; a part that is alone may wait on."""
+    if not isinstance(parts, list):
+        return parts
+    return merge_all(part.sketch() if isinstance(part, Later) else part for part in parts)

@@ -1,91 +1,135 @@
-"""What TensorBoard is given of a step: one event with all scalars and histograms.
+"""What TensorBoard is given of a step: scalars and histograms of all tensors.
 
-The histograms of all tensors are worked out together, since the arrays of one are shorter than the calls of NumPy:
-a thousand take about as long as fifty would one by one.
+They are worked out for many tensors together, since the arrays of one are shorter than the calls of NumPy, and slice
+by slice: between two slices the training thread may have the interpreter lock, which is never held for long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
-from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+import numpy as np
 
-from instrument.measure.histogram import Histograms, Knots, histograms, log10_histograms
+from instrument.config import SECTIONS
+from instrument.measure.histogram import FloatArray, Histograms, IntArray, Knots, histograms, log10_histograms
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord
-from instrument.record.tags import COUNTS, LOG10, LOG10_KINDS, STATISTICS, parse_tag
+from instrument.record.tags import COUNTS, LOG10, LOG10_KINDS, STATISTICS
 
-__all__ = ["record_values"]
+__all__ = ["HistogramSlice", "histogram_slices", "scalar_values"]
+
+SLICE = 128
+"""Tensors that are worked on together: enough that calls are cheap, so few that each takes less than a millisecond."""
+
+_SPREAD_SECTIONS = frozenset(SECTIONS[kind] for kind in LOG10_KINDS)
+
+_Measured: TypeAlias = "list[tuple[str, Sketch]]"
 
 
-def record_values(record: StepRecord, scalars: bool, with_histograms: bool, counted: set[str]) -> list[Summary.Value]:
-    """What TensorBoard is given of a step record.
+class HistogramSlice(NamedTuple):
+    """Several histograms, one behind the other."""
+
+    tags: Sequence[str]
+    low: FloatArray
+    """Left edge of the first bucket of each."""
+    high: FloatArray
+    """Right edge of the last."""
+    num: FloatArray
+    """Values of each."""
+    total: FloatArray
+    """Their sum."""
+    total_squares: FloatArray
+    """The sum of their squares."""
+    limits: FloatArray
+    """Right edges of all buckets."""
+    counts: FloatArray
+    """Counts of all buckets."""
+    ends: IntArray
+    """Where the buckets of each end."""
+
+    def rows(self) -> Iterator[tuple[str, list[float], list[float], list[float]]]:
+        """Tag, the five numbers from `low` to `total_squares`, right edges and counts of each histogram."""
+        numbers = np.stack(self[1:6], axis=1).tolist()
+        limits, counts = self.limits.tolist(), self.counts.tolist()
+        start = 0
+        for tag, five, end in zip(self.tags, numbers, self.ends.tolist(), strict=True):
+            yield tag, five, limits[start:end], counts[start:end]
+            start = end
+
+
+def scalar_values(record: StepRecord, counted: set[str]) -> tuple[list[str], FloatArray]:
+    """Tags and numbers of the scalars of a step record.
+
+    Args:
+        record: The sketches of a step.
+        counted: Tags of counts of NaN and Inf that were above zero before; added to here.
+
+    Returns:
+        Tags, and as many numbers of shape (n,).
+    """
+    tags: list[str] = []
+    numbers: list[float] = []
+    for place, (tag, sketch) in enumerate(record.items()):
+        if place % SLICE == 0:
+            _yield_lock()
+        section, _, name = tag.partition("/")
+        if sketch.count:
+            for statistic, compute in STATISTICS.items():
+                tags.append(f"{section}.{statistic}/{name}")
+                numbers.append(compute(sketch))
+        for statistic, count in COUNTS.items():
+            number = count(sketch)
+            if number or counted:
+                scalar_tag = f"{section}.{statistic}/{name}"
+                if number or scalar_tag in counted:
+                    counted.add(scalar_tag)
+                    tags.append(scalar_tag)
+                    numbers.append(number)
+    return tags, np.array(numbers, np.float64)
+
+
+def histogram_slices(record: StepRecord) -> Iterator[HistogramSlice]:
+    """The histograms of a step record, a slice at a time.
 
     NaN and Inf reach no edge and no bucket: one such step would blank the card for every step.
 
     Args:
         record: The sketches of a step.
-        scalars: Whether statistics are given.
-        with_histograms: Whether histograms are given.
-        counted: Tags of counts of NaN and Inf that were above zero before; added to here.
 
-    Returns:
-        Scalars and histograms, in the order of the record.
+    Yields:
+        Histograms of the values, and of log10 of magnitudes where those are spread over decades.
     """
-    values: list[Summary.Value] = []
-    if scalars:
-        for tag, sketch in record.items():
-            values += _scalar_values(tag, sketch, counted)
-    if with_histograms:
-        measured = [(tag, sketch) for tag, sketch in record.items() if sketch.count]
-        spread = [(tag, sketch) for tag, sketch in measured if _is_spread(tag, sketch)]
-        even = [(tag, sketch) for tag, sketch in measured if not _is_spread(tag, sketch)]
-        values += _histogram_values(even, with_log10=False)
-        values += _histogram_values(spread, with_log10=True)
-    return values
+    even: _Measured = []
+    spread: _Measured = []
+    for tag, sketch in record.items():
+        if sketch.count:
+            is_spread = tag.partition("/")[0] in _SPREAD_SECTIONS and sketch.count > sketch.zero_count
+            (spread if is_spread else even).append((tag, sketch))
+    for measured, with_log10 in ((even, False), (spread, True)):
+        for start in range(0, len(measured), SLICE):
+            _yield_lock()
+            yield from _slices(measured[start : start + SLICE], with_log10)
 
 
-def _scalar_values(tag: str, sketch: Sketch, counted: set[str]) -> Iterator[Summary.Value]:
-    section, _, name = tag.partition("/")
-    if sketch.count:
-        for statistic, compute in STATISTICS.items():
-            yield Summary.Value(tag=f"{section}.{statistic}/{name}", simple_value=compute(sketch))
-    for statistic, count in COUNTS.items():
-        number, scalar_tag = count(sketch), f"{section}.{statistic}/{name}"
-        if number or scalar_tag in counted:
-            counted.add(scalar_tag)
-            yield Summary.Value(tag=scalar_tag, simple_value=number)
+def _yield_lock() -> None:
+    """Let another thread have the interpreter lock, which a thread otherwise keeps for 5 ms where it can."""
+    time.sleep(0)
 
 
-def _is_spread(tag: str, sketch: Sketch) -> bool:
-    """Whether a sketch has a histogram of log10 of its magnitudes too."""
-    parsed = parse_tag(tag)
-    return parsed is not None and parsed.kind in LOG10_KINDS and sketch.count > sketch.zero_count
-
-
-def _histogram_values(measured: list[tuple[str, Sketch]], with_log10: bool) -> Iterator[Summary.Value]:
-    if not measured:
-        return
+def _slices(measured: _Measured, with_log10: bool) -> Iterator[HistogramSlice]:
     knots = Knots([sketch.finite() for _, sketch in measured])
-    for (tag, sketch), proto in zip(measured, _protos(histograms(knots)), strict=True):
-        proto.sum, proto.sum_squares = sketch.total, sketch.total_squares
-        yield Summary.Value(tag=tag, histo=proto)
+    total, squares = np.array([(sketch.total, sketch.total_squares) for _, sketch in measured]).T
+    yield _slice([tag for tag, _ in measured], histograms(knots), knots.count, total, squares)
     if with_log10:
-        for (tag, _), proto in zip(measured, _protos(log10_histograms(knots)), strict=True):
-            section, _, name = tag.partition("/")
-            yield Summary.Value(tag=f"{section}.{LOG10}/{name}", histo=proto)
+        _yield_lock()
+        parts = (tag.partition("/") for tag, _ in measured)
+        tags = [f"{section}.{LOG10}/{name}" for section, _, name in parts]
+        nothing = np.zeros(len(tags))
+        yield _slice(tags, log10_histograms(knots), knots.count - knots.zeros, nothing, nothing)
 
 
-def _protos(found: Histograms) -> Iterator[HistogramProto]:
-    counts, limits, first = found.counts.tolist(), found.limits.tolist(), found.first.tolist()
-    start = 0
-    for index, end in enumerate(found.ends.tolist()):
-        buckets = counts[start:end]
-        yield HistogramProto(
-            min=first[index],
-            max=limits[end - 1],
-            num=sum(buckets),
-            bucket_limit=limits[start:end],
-            bucket=buckets,
-        )
-        start = end
+def _slice(tags: list[str], found: Histograms, num: IntArray, total: FloatArray, squares: FloatArray) -> HistogramSlice:
+    high, values = found.limits[found.ends - 1], num.astype(np.float64)
+    return HistogramSlice(tags, found.first, high, values, total, squares, found.limits, found.counts, found.ends)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 from instrument.errors import warn_quietly
@@ -33,6 +34,8 @@ class Worker:
         self._on_error = on_error
         self.dropped = 0
         """Jobs given up because too many waited."""
+        self.seconds = 0.0
+        """Time of the processor that jobs have taken."""
         self._begin()
 
     def _begin(self) -> None:
@@ -131,8 +134,10 @@ class Worker:
                     self._do(*item)
 
     def _do(self, job: Callable[[], None], size: int) -> None:
+        start = time.thread_time()
         try:
             job()
         except Exception as error:
             self._on_error(error)
+        self.seconds += time.thread_time() - start
         self._done += size

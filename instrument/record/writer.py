@@ -8,18 +8,18 @@ training thread, and nothing lost at exit.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 
 from instrument.errors import ConfigError, warn_quietly
 from instrument.record.buffer import StepRecord
 from instrument.record.event_file import EventFile
-from instrument.record.values import record_values
+from instrument.record.values import histogram_slices, scalar_values
+from instrument.record.wire import ScalarLayout, event, histogram_values
 from instrument.record.worker import Worker
 
 __all__ = ["ForeignSink", "OwnSink", "RecordSink", "SummaryWriter", "sink_for"]
@@ -47,14 +47,18 @@ class _Events:
         return self._logdir
 
     def add_event(self, event: Any) -> None:
-        self.add_built(lambda: event, event.ByteSize())
+        self.add_built(event.SerializeToString, event.ByteSize())
 
-    def add_built(self, build: Callable[[], Any], size: int) -> None:
+    def add_built(self, build: Callable[[], bytes], size: int) -> None:
         """Write an event that is built in the writer's thread."""
         if self._is_closed:
             self.reopen()
         file = self._file
-        self._worker.submit(lambda: file.write(build().SerializeToString()), size)
+        self._worker.submit(lambda: file.write(build()), size)
+
+    @property
+    def seconds(self) -> float:
+        return self._worker.seconds
 
     def flush(self) -> None:
         self._worker.submit(self._file.retry)
@@ -132,14 +136,20 @@ class SummaryWriter(TorchSummaryWriter):
         if own.all_writers is not None:
             super().flush()
 
-    def add_built(self, build: Callable[[], Any], size: int) -> None:
+    def add_built(self, build: Callable[[], bytes], size: int) -> None:
         """Add an event that is built in the writer's thread.
 
         Args:
-            build: Gives the `Event`.
+            build: Gives the serialised `Event`.
             size: Bytes that wait with it, roughly.
         """
         self._get_file_writer().event_writer.add_built(build, size)
+
+    @property
+    def seconds(self) -> float:
+        """Time of the processor that the writer's thread has taken so far."""
+        own: Any = self  # torch declares its attributes as None
+        return own.file_writer.event_writer.seconds if own.file_writer is not None else 0.0
 
 
 class RecordSink(Protocol):
@@ -147,6 +157,9 @@ class RecordSink(Protocol):
 
     def write(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
         """Write the scalars of a record, its histograms, or both; returns at once."""
+
+    def scalar(self, tag: str, number: float, step: int) -> None:
+        """Write a scalar; returns at once."""
 
     def text(self, tag: str, build: Callable[[], str], step: int) -> None:
         """Write a text that is built in the background; returns at once."""
@@ -156,6 +169,10 @@ class RecordSink(Protocol):
 
     def close(self) -> None:
         """Flush, and close the writer if it is ours."""
+
+    @property
+    def seconds(self) -> float:
+        """Time of the processor that the background has taken so far."""
 
 
 def sink_for(writer: Any, is_users: bool = True) -> RecordSink:
@@ -194,21 +211,44 @@ class OwnSink:
         self._writer = writer
         self._is_users = is_users
         self._counted: set[str] = set()
+        self._layout = ScalarLayout(())
 
     def write(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
         """Write a record; the event is built in the writer's thread."""
 
-        def build() -> Any:
-            values = record_values(record, scalars, histograms, self._counted)
-            return Event(wall_time=record.wall_time, step=record.step, summary=Summary(value=values))
+        def build() -> bytes:
+            return event(record.wall_time, record.step, self._values(record, scalars, histograms))
 
         self._writer.add_built(build, BYTES_PER_SKETCH * len(record))
+
+    def _values(self, record: StepRecord, scalars: bool, histograms: bool) -> Iterator[bytes]:
+        if scalars:
+            tags, numbers = scalar_values(record, self._counted)
+            if tags != self._layout.tags:
+                self._layout = ScalarLayout(tags)
+            yield self._layout.values(numbers)
+        if histograms:
+            for part in histogram_slices(record):
+                yield histogram_values(part)
+
+    def scalar(self, tag: str, number: float, step: int) -> None:
+        """Write a scalar."""
+        self._writer.add_scalar(tag, number, step)
+
+    @property
+    def seconds(self) -> float:
+        """Time of the processor that the writer's thread has taken so far."""
+        return self._writer.seconds
 
     def text(self, tag: str, build: Callable[[], str], step: int) -> None:
         """Write a text."""
         from torch.utils.tensorboard.summary import text
 
-        self._writer.add_built(lambda: Event(step=step, summary=text(tag, build())), BYTES_PER_SKETCH)
+        def serialise() -> bytes:
+            data: bytes = Event(step=step, summary=text(tag, build())).SerializeToString()
+            return data
+
+        self._writer.add_built(serialise, BYTES_PER_SKETCH)
 
     def flush(self) -> None:
         """Return when everything is in the file."""
@@ -239,24 +279,34 @@ class ForeignSink:
         """Write a record, one call a tag."""
 
         def add() -> None:
-            for value in record_values(record, scalars, histograms, self._counted):
-                if value.HasField("histo"):
-                    histogram = value.histo
-                    self._writer.add_histogram_raw(
-                        value.tag,
-                        min=histogram.min,
-                        max=histogram.max,
-                        num=histogram.num,
-                        sum=histogram.sum,
-                        sum_squares=histogram.sum_squares,
-                        bucket_limits=list(histogram.bucket_limit),
-                        bucket_counts=list(histogram.bucket),
-                        global_step=record.step,
-                    )
-                else:
-                    self._writer.add_scalar(value.tag, value.simple_value, record.step)
+            if scalars:
+                for tag, number in zip(*scalar_values(record, self._counted), strict=True):
+                    self._writer.add_scalar(tag, float(number), record.step)
+            if histograms:
+                for part in histogram_slices(record):
+                    for tag, (low, high, num, total, squares), limits, counts in part.rows():
+                        self._writer.add_histogram_raw(
+                            tag,
+                            min=low,
+                            max=high,
+                            num=num,
+                            sum=total,
+                            sum_squares=squares,
+                            bucket_limits=limits,
+                            bucket_counts=counts,
+                            global_step=record.step,
+                        )
 
         self._worker.submit(add, BYTES_PER_SKETCH * len(record))
+
+    def scalar(self, tag: str, number: float, step: int) -> None:
+        """Write a scalar."""
+        self._worker.submit(lambda: self._writer.add_scalar(tag, number, step))
+
+    @property
+    def seconds(self) -> float:
+        """Time of the processor that our thread has taken so far."""
+        return self._worker.seconds
 
     def text(self, tag: str, build: Callable[[], str], step: int) -> None:
         """Write a text, where the writer takes texts."""

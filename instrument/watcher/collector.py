@@ -9,13 +9,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from instrument.capture.names import MODULE_KINDS, ModuleEntry, Selection, Site, select
+from instrument.capture.names import MODULE_KINDS, ModuleEntry, Site
 from instrument.capture.parameters import Parameters
 from instrument.capture.patterns import Patterns
+from instrument.capture.selector import Selector
 from instrument.capture.shards import Shards
 from instrument.config import Config
 from instrument.errors import UnmeasurableError
-from instrument.measure.custom_op import measure
+from instrument.measure.batch import Batch, Later, measure_later
 from instrument.measure.sketch import Sketch
 from instrument.measure.units import DeviceTally, UnitTally
 from instrument.record.buffer import Buffer, StepRecord
@@ -29,7 +30,7 @@ __all__ = ["Collector", "Pairs"]
 Pairs: TypeAlias = "list[tuple[str, nn.Parameter]]"
 """Names and parameters."""
 
-Measured: TypeAlias = "Sketch | UnitTally | DeviceTally | int | None"
+Measured: TypeAlias = "Sketch | Later | UnitTally | DeviceTally | int | None"
 """What came of looking at a tensor or at the call of a module."""
 
 
@@ -47,10 +48,10 @@ class Collector:
         self.buffer = Buffer(config.history)
         self.parameters = Parameters()
         self._model = weakref.ref(model)
+        self._selector = Selector(model, patterns, config.kinds)
         self._kinds = config.kinds
         self._patterns = patterns
         self._notices = notices
-        self._sites: tuple[Site, ...] = ()
         self._outputs: dict[Site, dict[Site, None]] = {}
         self._ranks = config.ranks
         self._place = position()
@@ -58,17 +59,19 @@ class Collector:
         """What of each tensor lies on this rank; None where there is one rank alone."""
         self.units = UnitJudge(config.functions, self.wants, notices.say)
         self._samples = 0
-        self._last: tuple[weakref.ref[torch.Tensor], int, Sketch] | None = None
+        self._sample_above = config.histogram_sample_above
+        self._batch = Batch(self._sample_above)
+        self._last: tuple[weakref.ref[torch.Tensor], int, Sketch | Later] | None = None
         self.select()
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """What is watched; a module with several outputs stands for each of them once it has run."""
-        return tuple(site for base in self._sites for site in self._outputs.get(base, (base,)))
+        return tuple(site for base in self._bases() for site in self._outputs.get(base, (base,)))
 
     def watched_modules(self) -> list[str]:
         """Names of the modules whose activations are selected."""
-        return [site.name for site in self._sites if site.kind == "activations"]
+        return list(self._selector.module_names) if "activations" in self._kinds else []
 
     def wants_kind(self, kind: str) -> bool:
         """Whether anything of this kind is watched."""
@@ -80,21 +83,20 @@ class Collector:
 
     def select(self) -> tuple[ModuleEntry, ...]:
         """Look at the model as it is now; returns the selected modules."""
+        modules = self._selector.select()
         model = self._model()
-        if model is None:  # the parameters selected last stand, for the last step to be logged
-            return ()
-        selection = select(model, self._patterns, self._kinds)
-        self.parameters.select(selection.parameters)
-        if self.shards is not None:
-            self.shards.select(model, selection.parameters)
-        self.units.select(selection)
-        self._sites = tuple(self._sites_of(selection))
-        return selection.modules
+        self.parameters.select(self._selector.parameters)
+        if self._selector.is_new and model is not None:
+            self.units.select(modules, self._selector.last_layer)
+            if self.shards is not None:
+                self.shards.select(model, self._selector.parameters)
+        return modules
 
-    def _sites_of(self, selection: Selection) -> Iterator[Site]:
-        for entry in selection.modules:
-            yield from (Site(kind, entry.name) for kind in self._kinds if kind in MODULE_KINDS)
-        for place in selection.parameters:
+    def _bases(self) -> Iterator[Site]:
+        """What is selected; a module stands for all its outputs."""
+        for name in self._selector.module_names:
+            yield from (Site(kind, name) for kind in self._kinds if kind in MODULE_KINDS)
+        for place in self._selector.parameters:
             yield from (Site(kind, place.name) for kind in self._kinds if kind not in MODULE_KINDS)
 
     def every_parameter(self) -> list[nn.Parameter]:
@@ -102,29 +104,33 @@ class Collector:
         model = self._model()
         return list(model.parameters()) if model is not None else []
 
-    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | None:
-        """Measure a tensor; None where that cannot be done."""
+    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | Later | None:
+        """Measure a tensor as it is now, at once or later; None where that cannot be done."""
         try:
             if self.shards is not None:
                 tensor = self.shards.own(site, tensor)
             sketch = self._measure(tensor)
-        except UnmeasurableError as error:
-            self._notices.say(f"{place_of(site)} are not measured: {error}")
-            return None
         except Exception as error:
-            self._notices.failed(place_of(site), error)
+            self._cannot(site, error)
             return None
         base, bracket, _ = site.name.partition("[")
         if bracket:
             self._outputs.setdefault(Site(site.kind, base), {})[site] = None
         return sketch
 
-    def _measure(self, tensor: torch.Tensor) -> Sketch:
+    def _cannot(self, site: Site, error: Exception) -> None:
+        """Tell why a tensor was not measured."""
+        if isinstance(error, UnmeasurableError):
+            self._notices.say(f"{place_of(site)} are not measured: {error}")
+        else:
+            self._notices.failed(place_of(site), error)
+
+    def _measure(self, tensor: torch.Tensor) -> Sketch | Later:
         """Measure, unless it is the tensor measured last: a container returns what its last child returned."""
         remembered = self._last
         if remembered is not None and remembered[0]() is tensor and remembered[1] == version_of(tensor):
             return remembered[2]
-        sketch = measure(tensor)
+        sketch = self._batch.add(tensor)
         if type(tensor) is torch.Tensor and not tensor.is_inference():  # parameters must not be referred to weakly
             self._last = (weakref.ref(tensor), version_of(tensor), sketch)
         return sketch
@@ -160,13 +166,22 @@ class Collector:
 
     def add(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
         """Measure tensors into the record."""
-        for site, tensor in tensors:
-            if self.wants(site):
-                sketch = self.take(site, tensor)
-                if sketch is not None:
-                    self.buffer.add(site, sketch)
+        sites: list[Site] = []
+        for site, found in zip(sites, measure_later(self._wanted(tensors, sites), self._sample_above), strict=True):
+            if isinstance(found, Exception):
+                self._cannot(site, found)
+            else:
+                self.buffer.add(site, found)
+
+    def _wanted(self, tensors: Iterable[tuple[Site, torch.Tensor]], sites: list[Site]) -> Iterator[torch.Tensor]:
+        """The tensors that are watched; their sites are added to those given."""
+        kinds, is_broken = self._kinds, self._notices.is_broken
+        for site, tensor in tensors:  # their names are those that were selected
+            if site.kind in kinds and not is_broken(site):
                 if site.kind == "gradients":
                     self._add_rows(site.name, tensor)
+                sites.append(site)
+                yield tensor if self.shards is None else self.shards.own(site, tensor)
 
     def _add_rows(self, parameter: str, gradient: torch.Tensor) -> None:
         """Tally the rows of a gradient, where they are what tells of the units behind it.
@@ -212,14 +227,20 @@ class Collector:
                 measured inside of a graph.
             scale: What a gradient scaler has multiplied gradients by, of shape ().
         """
-        for site, sketch in measured:
-            if isinstance(sketch, (UnitTally, DeviceTally)):
-                self.buffer.add_units(site.name, sketch)
-            elif isinstance(sketch, int):
-                self._samples += sketch
-            elif sketch is None:
+        for site, item in measured:
+            if isinstance(item, (UnitTally, DeviceTally)):
+                self.buffer.add_units(site.name, item)
+                continue
+            if isinstance(item, int):
+                self._samples += item
+                continue
+            if item is None:
                 self._notices.say(f"{place_of(site)} could not be measured inside the graph")
-            elif scale is not None and site.kind == "activation_gradients":
-                self.buffer.add(site, sketch.divided(float(scale)))
-            else:
-                self.buffer.add(site, sketch)
+                continue
+            if scale is not None and site.kind == "activation_gradients":
+                try:
+                    item = (item.sketch() if isinstance(item, Later) else item).divided(float(scale))
+                except Exception as error:
+                    self._cannot(site, error)
+                    continue
+            self.buffer.add(site, item)

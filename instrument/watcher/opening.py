@@ -1,15 +1,16 @@
-"""The writer of a new watch, and what several ranks must agree on before they open one together."""
+"""The writer of a new watch, and the group of ranks that open one together."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from instrument.config import Config
-from instrument.record.ranks.group import Position
+from instrument.errors import ConfigError
+from instrument.record.ranks.group import Position, RankGroup
 from instrument.record.runs import make_run_directory
 from instrument.record.writer import SummaryWriter
 
-__all__ = ["make_writer", "terms_of"]
+__all__ = ["form_group", "make_writer"]
 
 RANK_TAG = "rank"
 
@@ -41,7 +42,31 @@ def make_writer(config: Config, directory: str | None, first_step: int, place: P
     return writer
 
 
-def terms_of(config: Config) -> str:
+def form_group(config: Config, place: Position) -> RankGroup | None:
+    """Meet the ranks to merge with; None where records are not merged.
+
+    Args:
+        config: The settings, which must be alike on all ranks.
+        place: Where this process stands.
+
+    Returns:
+        The group.
+
+    Raises:
+        ConfigError: The ranks cannot merge, or have other settings.
+        RanksError: Some ranks did not come.
+    """
+    if config.ranks != "merge" or place.world == 1:
+        return None
+    if config.budget:
+        raise ConfigError(
+            f'budget is {config.budget} and ranks "merge": each rank would stretch its interval by itself, and their '
+            'steps would part; allowed is one of the two, or ranks="first"'
+        )
+    return RankGroup.form(_terms_of(config))
+
+
+def _terms_of(config: Config) -> str:
     """What ranks that merge must have alike, in words for the message that tells where they do not."""
     terms = {
         "interval": config.histogram_interval,

@@ -6,7 +6,7 @@ __all__ = ["Schedule"]
 
 
 class Schedule:
-    """Steps 0, N, 2N ... of two intervals.
+    """Steps 0, N, 2N ... of two intervals, which a budget may stretch.
 
     Args:
         interval: Steps between histograms, above zero.
@@ -16,20 +16,33 @@ class Schedule:
         >>> schedule = Schedule(interval=4, scalar_interval=3)
         >>> [step for step in range(9) if schedule.is_sampled(step)]
         [0, 3, 4, 6, 8]
+        >>> schedule.stretch(2)
+        >>> [step for step in range(30) if schedule.is_sampled(step)], schedule.histogram_interval
+        ([0, 6, 12, 18, 24], 6)
     """
 
     def __init__(self, interval: int, scalar_interval: int) -> None:
-        self._interval = interval
-        self._scalar_interval = min(scalar_interval, interval)
+        self._given = interval, min(scalar_interval, interval)
+        self.histogram_interval, self.scalar_interval = self._given
+
+    def stretch(self, factor: int) -> None:
+        """Multiply the interval of scalars; that of histograms becomes its next multiple that is not below its own.
+
+        Args:
+            factor: What the interval given is multiplied by, from 1.
+        """
+        interval, scalar_interval = self._given
+        self.scalar_interval = scalar_interval * factor
+        self.histogram_interval = -(-interval // self.scalar_interval) * self.scalar_interval
 
     def is_sampled(self, step: int) -> bool:
         """Whether a step is measured."""
-        return step % self._scalar_interval == 0 or step % self._interval == 0
+        return step % self.scalar_interval == 0 or step % self.histogram_interval == 0
 
     def has_histograms(self, step: int) -> bool:
         """Whether the histograms of a step are written."""
-        return step % self._interval == 0
+        return step % self.histogram_interval == 0
 
     def next_sampled(self, step: int) -> int:
         """The first step from this one on that is measured."""
-        return min(-(-step // interval) * interval for interval in (self._scalar_interval, self._interval))
+        return min(-(-step // interval) * interval for interval in (self.scalar_interval, self.histogram_interval))

@@ -23,9 +23,11 @@ from instrument.capture.names import ModuleEntry, Site
 from instrument.capture.patterns import Patterns
 from instrument.capture.steps import StepClock
 from instrument.config import Config
+from instrument.measure.batch import Later
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord
 from instrument.torch_private import Unseen, calling_scale
+from instrument.watcher.budget import Budget, Meter, MeteredSteps, MeteredTaps
 from instrument.watcher.collector import Collector, Pairs
 from instrument.watcher.compiled import EagerStance, GraphTaps
 from instrument.watcher.notices import Notices
@@ -50,6 +52,7 @@ class Session:
         optimizer: Where given, this optimizer alone is the clock.
         initial_step: Number of the first step.
         strict: Whether faults of ours are raised.
+        written: Gives the seconds of the processor that writing has taken so far, for the budget.
     """
 
     def __init__(
@@ -61,22 +64,29 @@ class Session:
         optimizer: Optimizer | None,
         initial_step: int,
         strict: bool,
+        written: Callable[[], float] = float,
     ) -> None:
         self.notices = Notices(strict)
         """What could not be observed, and why."""
         self.collector = Collector(model, config, patterns, self.notices)
         self.buffer = self.collector.buffer
         self._pid = os.getpid()
-        self._schedule = Schedule(config.histogram_interval, config.scalar_interval)
+        self.schedule = Schedule(config.histogram_interval, config.scalar_interval)
+        """Which steps are sampled."""
+        meter = Meter() if config.budget else None
+        self._budget = Budget(config.budget, self.schedule.scalar_interval, meter, written) if meter else None
+        self._drawn: int | None = None
         self._emit = emit
         self._initial_step = initial_step
         self._running: set[int] = set()
         self._silent_backwards = 0
         self._are_calls_checked = False
         self._inside_graph: dict[str, None] = {}
-        self.clock = StepClock(self.collector.every_parameter, self, initial_step, optimizer)
+        told = MeteredSteps(meter, self) if meter else self
+        self.clock = StepClock(self.collector.every_parameter, told, initial_step, optimizer)
         self._stance = EagerStance() if config.compiled == "eager" else None
-        self.taps = Taps(model, self, always_tell=self._stance is not None)
+        always_tell = self._stance is not None
+        self.taps = MeteredTaps(meter, model, self, always_tell) if meter else Taps(model, self, always_tell)
         self._graph_taps: GraphTaps | None = None
         if config.compiled == "graph":
             self._graph_taps = GraphTaps(self.collector.select(), self.collector.wants)
@@ -99,7 +109,7 @@ class Session:
                 self._look_for_a_skipped_step()
             if not self.clock.is_stepping:
                 self.settle(lenient=False)
-            is_sampled = any(self._schedule.is_sampled(step) for step in self.clock.due())
+            is_sampled = any(self.schedule.is_sampled(step) for step in self.clock.due())
             if self._stance is not None and is_sampled and training:
                 self._stance.root_starts()
         except Exception as error:
@@ -128,8 +138,8 @@ class Session:
         """Whether this site is watched."""
         return self.collector.wants(site)
 
-    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | None:
-        """Measure a tensor; None where that cannot be done."""
+    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | Later | None:
+        """Measure a tensor as it is now, at once or later; None where that cannot be done."""
         return self.collector.take(site, tensor)
 
     def judge(self, name: str, inputs: Any, output: Any) -> tuple[Site, Any] | None:
@@ -149,7 +159,7 @@ class Session:
         try:
             if self.buffer.step is not None and self.buffer.step < index:
                 self._close_record()
-            if not self._schedule.is_sampled(index) or index < (self.buffer.step or 0):
+            if not self.schedule.is_sampled(index) or index < (self.buffer.step or 0):
                 self.taps.collect(index)  # what another optimizer's step had captured is of no use to this one
                 return
             if id(optimizer) in self._running:  # its last step raised before it ended
@@ -204,7 +214,7 @@ class Session:
         if step is not None and step < expected - inferred:
             self.notices.say(f"step({step}) was called after step {expected - 1 - inferred}: counted on from there")
         ended = self.clock.advance(step)
-        if not inferred and (self._schedule.is_sampled(expected) or self.buffer.step is not None):
+        if not inferred and (self.schedule.is_sampled(expected) or self.buffer.step is not None):
             self.collector.open(expected)
             self._take_passes()
             self.collector.add_what_is_there()
@@ -254,7 +264,7 @@ class Session:
             record = self.collector.close()
             if record is not None:
                 self._emit(record, True, True)
-        elif not self._schedule.has_histograms(last):
+        elif self._drawn != last:
             self._emit(newest, False, True)
 
     def _look_for_a_silent_step(self) -> None:
@@ -275,7 +285,7 @@ class Session:
         """A step without an optimizer was made: take what it left behind."""
         self._silent_backwards = 0
         ended = self.clock.step - 1
-        if self._schedule.is_sampled(ended):
+        if self.schedule.is_sampled(ended):
             self.collector.open(ended)
             self._take_passes()
             self.collector.add_what_is_there()
@@ -311,7 +321,12 @@ class Session:
         self._running.clear()
         self._check_calls()
         if record is not None and step is not None:
-            self._emit(record, True, self._schedule.has_histograms(step))
+            has_histograms = self.schedule.has_histograms(step)
+            if has_histograms:
+                self._drawn = step
+            self._emit(record, True, has_histograms)
+            if self._budget is not None:
+                self.schedule.stretch(self._budget.factor_after(step))
 
     def _drop_record(self) -> None:
         self.buffer.drop()
@@ -327,8 +342,8 @@ class Session:
     def _prepare(self) -> None:
         """Make ready for the next step: hooks where it is sampled, none where it is not."""
         if self.buffer.step is None:
-            self.clock.quiet_until = self._schedule.next_sampled(self.clock.step) - 1
-        is_next_sampled = any(self._schedule.is_sampled(step) for step in self.clock.due())
+            self.clock.quiet_until = self.schedule.next_sampled(self.clock.step) - 1
+        is_next_sampled = any(self.schedule.is_sampled(step) for step in self.clock.due())
         if self._graph_taps is not None:
             self._graph_taps.is_on = is_next_sampled
             return

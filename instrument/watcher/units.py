@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from instrument.capture.names import PARAMETRIZATIONS, ModuleEntry, Selection, Site, is_leaf, unwrapped
+from instrument.capture.names import PARAMETRIZATIONS, ModuleEntry, Site, is_leaf, unwrapped
 from instrument.capture.outputs import named_tensors
 from instrument.capture.patterns import Pattern
 from instrument.errors import UnmeasurableError
@@ -94,11 +94,16 @@ class UnitJudge:
         self._layer: tuple[str, int] | None = None
         self._known: tuple[weakref.ref[torch.Tensor], int, int, Extent] | None = None
 
-    def select(self, selection: Selection) -> None:
-        """Look at the selected modules as they are now."""
-        self._last_layer = selection.last_layer
+    def select(self, modules: Iterable[ModuleEntry], last_layer: str | None) -> None:
+        """Look at the selected modules as they are now.
+
+        Args:
+            modules: The modules.
+            last_layer: Name of the layer that makes the model's output.
+        """
+        self._last_layer = last_layer
         roles = {}
-        for entry in selection.modules:
+        for entry in modules:
             if entry.is_root:
                 self._root = entry.name
             role = self._roles.get(entry.name)

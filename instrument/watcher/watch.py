@@ -34,12 +34,14 @@ from instrument.watcher.arguments import (
     check_step,
     settings,
 )
-from instrument.watcher.opening import make_writer, terms_of
+from instrument.watcher.opening import form_group, make_writer
 from instrument.watcher.session import Session
 
 __all__ = ["Watcher", "unwatch", "watch"]
 
 HEALTH_TAG = "health"
+INTERVAL_TAG = "instrument/interval"
+"""Scalar of the steps between samples that a budget has led to."""
 
 
 def watch(
@@ -58,6 +60,7 @@ def watch(
     compiled: str = OUTSIDE,
     ranks: str = FIRST,
     functions: Mapping[str, str] | None = None,
+    budget: float | None = None,
     strict: bool = False,
 ) -> Watcher:
     """Watch a model while it trains: one line, and nothing in the training changes.
@@ -88,6 +91,8 @@ def watch(
             `instrument.record.ranks.merging`: about 4 kB a site and flush, 4 ms for 1000 sites and 8 ranks on
             25 Gbit/s, on paper); "each", every rank writes a run of its own, in `rank{n}` below a given `logdir`.
         functions: Nonlinearities that are called as functions: glob over module names to function name.
+        budget: Share of the training time that the watch may take, such as 0.01. Where it would take more, steps are
+            sampled more rarely: every 2nd, 5th, 10th, 20th ... of those that would be, and histograms on a multiple.
         strict: Whether faults of this library are raised instead of told.
 
     Returns:
@@ -111,7 +116,7 @@ def watch(
         config,
         interval,
         {"include": EVERYTHING, "exclude": NOTHING, "kinds": USUAL_KINDS, "compiled": OUTSIDE, "ranks": FIRST,
-         "scalar_interval": None, "functions": None},
+         "scalar_interval": None, "functions": None, "budget": None},
         include=include,
         exclude=exclude,
         kinds=kinds,
@@ -119,6 +124,7 @@ def watch(
         ranks=ranks,
         scalar_interval=scalar_interval,
         functions=functions,
+        budget=budget,
     )  # fmt: skip
     first_step = check_step(initial_step, "initial_step")
     clock = check_optimizer(optimizer)
@@ -134,7 +140,7 @@ def watch(
     if chosen.ranks == "first" and place.rank > 0:
         _close_earlier(model)
         return Watcher(chosen, writer, off=f"rank 0 of {place.world} watches, this is rank {place.rank}")
-    group = RankGroup.form(terms_of(chosen)) if chosen.ranks == "merge" and place.world > 1 else None
+    group = form_group(chosen, place)
     _close_earlier(model)
     if group is not None and group.rank > 0:
         sink = None  # rank 0 writes
@@ -195,7 +201,7 @@ class Watcher:
         """The settings in force."""
         self.writer = writer if writer is not None else _NullWriter()
         """The `SummaryWriter` that is written to; log your own loss to it."""
-        self._sink = sink
+        self._sink: RecordSink | None = sink
         self._off = off
         self._units = UnitWindows(config)
         self._session: Session | None = None
@@ -216,7 +222,7 @@ class Watcher:
         self._key = id(model)
         self._model = weakref.ref(model)
         try:
-            session = Session(model, self.config, patterns, self._emit, optimizer, initial_step, strict)
+            session = Session(model, self.config, patterns, self._emit, optimizer, initial_step, strict, self._written)
             self._session = session
             if group is not None:
                 merger = RecordMerger(group, session.collector.is_counted)
@@ -329,6 +335,11 @@ class Watcher:
             self._units.add(record)
         if self._sink is not None:
             self._sink.write(record, scalars, histograms)
+            if self.config.budget and self._session is not None:
+                self._sink.scalar(INTERVAL_TAG, self._session.schedule.scalar_interval, record.step)
+
+    def _written(self) -> float:
+        return self._sink.seconds if self._sink is not None else 0.0
 
     def __enter__(self) -> Watcher:
         return self
@@ -342,7 +353,11 @@ class Watcher:
         if self._off:
             return f"Watcher(off: {self._off})"
         state = "closed" if self._is_closed else f"step {self._session.clock.step if self._session else 0}"
-        return f"Watcher({state}, {len(self.sites)} sites, logdir={self.logdir!r})"
+        every = ""
+        if self.config.budget and self._session is not None:
+            schedule = self._session.schedule
+            every = f"every {schedule.scalar_interval} steps, histograms every {schedule.histogram_interval}, "
+        return f"Watcher({state}, {every}{len(self.sites)} sites, logdir={self.logdir!r})"
 
 
 class _NullWriter:

@@ -59,7 +59,7 @@ class PassListener(Protocol):
         """The modules to attach to, as the model is now."""
 
     def take(self, site: Site, tensor: torch.Tensor) -> Any:
-        """Measure a tensor at once; what comes back is kept for the pass, unless it is None."""
+        """Measure a tensor as it is now; what comes back is kept for the pass, unless it is None."""
 
     def judge(self, name: str, inputs: Any, output: Any) -> tuple[Site, Any] | None:
         """Look at a call of a module as a whole; what comes back is kept for the pass, unless it is None.

@@ -69,6 +69,17 @@ class MergingSink:
         reason = str(error) if isinstance(error, RanksError) else f"{type(error).__name__}: {error}"
         self._tell(f"sketches are no longer merged over the ranks: {reason}; what follows is of this rank alone")
 
+    def scalar(self, tag: str, number: float, step: int) -> None:
+        """Write a scalar after the records before it; returns at once."""
+        inner = self._inner
+        if inner is not None:
+            self._worker.submit(lambda: inner.scalar(tag, number, step))
+
+    @property
+    def seconds(self) -> float:
+        """Time of the processor that the writer's thread has taken so far; that of merging is not in it."""
+        return self._inner.seconds if self._inner is not None else 0.0
+
     def text(self, tag: str, build: Callable[[], str], step: int) -> None:
         """Write a text after the records before it; returns at once."""
         inner = self._inner

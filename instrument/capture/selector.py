@@ -1,0 +1,100 @@
+"""What is selected in a model, looked at anew each sampled step at the cost of a walk.
+
+Modules and parameters come and go: a head is replaced, a layer frozen into another. To match every name again takes
+20 us a module; to see that nothing has changed takes 2.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from instrument.capture.names import ModuleEntry, ParameterEntry, select
+from instrument.capture.patterns import Patterns
+from instrument.torch_private import children_of, is_compiled, parameters_of
+
+__all__ = ["Selector"]
+
+_Shape: TypeAlias = "list[tuple[Any, ...]]"
+
+
+class Selector:
+    """Gives what a set of globs selects in one model, as the model is now.
+
+    Args:
+        model: The model; only weak references to it and its modules are kept.
+        patterns: Includes and excludes.
+        kinds: What is watched.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(1, 1))
+        >>> selector = Selector(model, Patterns(["**.bias"]), ["parameters"])
+        >>> model.append(nn.Linear(1, 1)) and selector.select()
+        ()
+        >>> [place.name for place in selector.parameters]
+        ['0.bias', '1.bias']
+    """
+
+    def __init__(self, model: nn.Module, patterns: Patterns, kinds: Iterable[str]) -> None:
+        self._model = weakref.ref(model)
+        self._patterns = patterns
+        self._kinds = tuple(kinds)
+        self._shape: _Shape = []
+        self._walked: list[weakref.ref[nn.Module]] = []
+        self._modules: list[tuple[str, weakref.ref[nn.Module], bool, bool]] = []
+        self.module_names: tuple[str, ...] = ()
+        """Names of the modules selected last."""
+        self.parameters: tuple[ParameterEntry, ...] = ()
+        """The parameters selected last."""
+        self.last_layer: str | None = None
+        """Name of the layer that makes the model's output, where that can be told."""
+        self.is_new = False
+        """Whether the last look found something else than the one before."""
+
+    def select(self) -> tuple[ModuleEntry, ...]:
+        """Look at the model as it is now; returns the selected modules, none where the model is gone."""
+        model = self._model()
+        if model is None:  # the parameters selected last stand, for the last step to be logged
+            return ()
+        walked, shape = _walk(model)
+        self.is_new = False
+        # Numbers of objects are given out again: they tell modules apart only while all of them are alive.
+        if shape != self._shape or any(module() is None for module in self._walked):
+            selection = select(model, self._patterns, self._kinds)
+            self._shape, self._walked = shape, [weakref.ref(module) for module in walked]
+            self._modules = [
+                (m.name, weakref.ref(m.module), m.is_root, m.is_inside_compiled) for m in selection.modules
+            ]
+            self.module_names = tuple(module.name for module in selection.modules)
+            self.parameters, self.last_layer, self.is_new = selection.parameters, selection.last_layer, True
+            return selection.modules
+        return tuple(
+            ModuleEntry(name, module, is_root, is_inside)
+            for name, ref, is_root, is_inside in self._modules
+            if (module := ref()) is not None
+        )
+
+
+def _walk(model: nn.Module) -> tuple[list[nn.Module], _Shape]:
+    """Every module once, and what a selection depends on: names and identities, and what makes a module callable."""
+    found, shape, seen = [model], [], {id(model)}
+    for module in found:  # grows meanwhile
+        children, parameters = children_of(module), parameters_of(module)
+        shape.append(
+            (
+                id(module),
+                *((name, id(child)) for name, child in children),
+                *parameters,
+                *map(id, parameters.values()),
+                is_compiled(module),
+                "forward" in vars(module),
+            )
+        )
+        for _, child in children:
+            if id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found, shape

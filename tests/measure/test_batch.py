@@ -1,0 +1,177 @@
+"""Many small tensors measured together, against each measured by itself and against float64 NumPy."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instrument.errors import UnmeasurableError
+from instrument.measure.batch import GROUP, SMALL, Batch, Later, measure_later, measure_many
+from instrument.measure.custom_op import measure
+from instrument.measure.sketch import Sketch
+
+from .twin import assert_measures
+
+FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
+ORDINARY = st.floats(-100.0, 100.0, width=32)
+TYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def assert_same(found: object, alone: Sketch) -> None:
+    """Counts and extremes are equal to the last bit; sums differ by roundings at most."""
+    assert isinstance(found, Sketch)
+    assert found.codes.dtype == alone.codes.dtype
+    assert found.codes.tolist() == alone.codes.tolist()
+    assert found.counts.tolist() == alone.counts.tolist()
+    for name in ("low", "high", "count", "zero_count", "nan_count", "inf_count"):
+        assert repr(getattr(found, name)) == repr(getattr(alone, name)) or getattr(alone, name) == 0.0
+    assert found.total == pytest.approx(alone.total, rel=1e-15, abs=1e-15 * alone.l2)
+    assert found.total_squares == pytest.approx(alone.total_squares, rel=1e-14)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.lists(st.one_of(FLOATS, ORDINARY), max_size=20), TYPES), max_size=30))
+def test_together_is_one_by_one(parts: list[tuple[list[float], torch.dtype]]) -> None:
+    """Any mixture of small tensors, empty ones, NaN, Inf and subnormals among them, measures as each by itself."""
+    tensors = [torch.tensor(values, dtype=torch.float64).to(dtype) for values, dtype in parts]
+    for tensor, found in zip(tensors, measure_many(tensors), strict=True):
+        assert_same(found, measure(tensor))
+        assert isinstance(found, Sketch)
+        assert_measures(found, tensor.double().numpy())
+
+
+def test_many_groups_follow_each_other() -> None:
+    """More tensors, and more elements, than one group takes come back in their order, each as NumPy says."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 400, (2 * GROUP + 7,), generator=generator).tolist()
+    tensors = [torch.randn(size, generator=generator) * 10.0 ** (index % 9 - 4) for index, size in enumerate(sizes)]
+    tensors[3] = torch.relu(tensors[3])
+    tensors[5][0] = math.nan
+    for tensor, found in zip(tensors, measure_many(tensors), strict=True):
+        assert isinstance(found, Sketch)
+        assert_measures(found, tensor.numpy())
+
+
+def test_codes_that_never_occurred_before_are_counted() -> None:
+    """What earlier batches were made of does not matter: other magnitudes come, in turn, and all are counted."""
+    for exponent in (-30, 0, 20, -8, 0, 30):
+        values = torch.randn(300, generator=torch.Generator().manual_seed(exponent + 30)) * 10.0**exponent
+        (found,) = measure_many([values])
+        assert_same(found, measure(values))
+    bits = torch.arange(0, 1 << 32, 1 << 20).to(torch.int64).to(torch.uint32).view(torch.float32)  # all codes
+    (found,) = measure_many([bits])
+    assert_same(found, measure(bits))
+
+
+@pytest.mark.parametrize("size", [1, SMALL, SMALL + 1, 300_000])
+def test_sizes_around_the_limit(size: int) -> None:
+    """Tensors at and above the limit, measured by themselves, stand beside small ones in the order given."""
+    tensors = [torch.ones(2), torch.randn(size, generator=torch.Generator().manual_seed(size)), torch.zeros(3)]
+    for tensor, found in zip(tensors, measure_many(tensors), strict=True):
+        assert_same(found, measure(tensor))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_any_kind_of_tensor_may_stand_among_the_small_ones() -> None:
+    """Strided, expanded, negated, integer, complex and sparse tensors measure as by themselves; others say why not."""
+    base = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    freed = torch.ones(5)
+    freed.untyped_storage().resize_(0)
+    tensors = [
+        base.mT,
+        base[::2, 1::3],
+        base[:, :1].expand(-1, 5),
+        torch.view_as_complex(base.view(6, 4, 2)).conj().imag,
+        torch.nn.Parameter(base),
+        base.to(torch.int8),
+        torch.view_as_complex(base.view(6, 4, 2)),
+        base.to_sparse(),
+        base.to("meta"),
+        torch.nested.nested_tensor([base[0], base[1, :3]]),
+        freed,
+        base[0, 0],
+        base,
+    ]
+    for tensor, found in zip(tensors, measure_many(tensors), strict=True):
+        if isinstance(found, Exception):
+            with pytest.raises(UnmeasurableError, match=str(found).replace("(", r"\(").replace(")", r"\)")):
+                measure(tensor)
+        else:
+            assert_same(found, measure(tensor))
+    assert sum(isinstance(found, UnmeasurableError) for found in measure_many(tensors)) == 3
+
+
+def test_a_batch_measures_the_values_that_were_there_when_they_were_added() -> None:
+    """A tensor that is changed or freed after it was added is measured as it was then."""
+    batch = Batch()
+    tensor = torch.full((4,), 2.0)
+    before = batch.add(tensor)
+    tensor.mul_(3)
+    after = batch.add(tensor)
+    tensor.untyped_storage().resize_(0)
+    assert isinstance(before, Later)
+    assert isinstance(after, Later)
+    assert (before.sketch().mean, after.sketch().mean) == (2.0, 6.0)
+    again = batch.add(torch.zeros(1))
+    assert isinstance(again, Later)
+    assert again.sketch().zero_count == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3 * GROUP])
+def test_what_is_measured_later_has_the_values_of_now(count: int) -> None:
+    """Tensors that change after they were handed over, one alone among them, are measured as they were."""
+    tensors = [torch.full((2,), float(index)) for index in range(count)]
+    found = measure_later(tensors)
+    for tensor in tensors:
+        tensor.fill_(-1.0)
+    assert [item.sketch().mean for item in found if isinstance(item, Later)] == [float(i) for i in range(count)]
+
+
+def test_a_batch_gives_every_tensor_its_own_sketch_across_groups() -> None:
+    """More tensors than a group takes come back each with its own values, whichever is asked for first."""
+    batch, count = Batch(), 3 * GROUP + 5
+    added = [batch.add(torch.full((2,), float(index))) for index in range(count)]
+    means = [item.sketch().mean for item in reversed(added) if isinstance(item, Later)]
+    assert means == [float(index) for index in reversed(range(count))]
+
+
+def test_a_batch_takes_tensors_from_several_threads() -> None:
+    """Threads that add at the same time, while another measures, each get the sketches of their own tensors."""
+    batch = Batch()
+    wrong: list[float] = []
+
+    def add(number: int) -> None:
+        for index in range(2000):
+            value = float(number * 10_000 + index)
+            item = batch.add(torch.full((3,), value))
+            if index % 97 == 0 and isinstance(item, Later) and item.sketch().mean != value:
+                wrong.append(value)
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_what_goes_wrong_in_a_group_is_told_for_each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in measuring together is handed to whoever asks for a sketch of the group, and raised nowhere else."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("deliberate")
+
+    item = Batch().add(torch.ones(2))
+    monkeypatch.setattr(np, "take", broken)
+    found = measure_many([torch.ones(2), torch.ones(9000)])
+    assert isinstance(found[0], ZeroDivisionError)
+    assert isinstance(found[1], Sketch)
+    assert isinstance(item, Later)
+    with pytest.raises(ZeroDivisionError, match="deliberate"):
+        item.sketch()
