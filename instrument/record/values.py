@@ -6,6 +6,7 @@ by slice: between two slices the training thread may have the interpreter lock, 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
@@ -23,7 +24,11 @@ __all__ = ["HistogramSlice", "histogram_slices", "scalar_values"]
 SLICE = 128
 """Tensors that are worked on together: enough that calls are cheap, so few that each takes less than a millisecond."""
 
+BREATH_SECONDS = 5e-5
+
 _SPREAD_SECTIONS = frozenset(SECTIONS[kind] for kind in LOG10_KINDS)
+
+_STATISTICS, _COUNTS = tuple(STATISTICS), tuple(COUNTS)
 
 _Measured: TypeAlias = "list[tuple[str, Sketch]]"
 
@@ -74,20 +79,24 @@ def scalar_values(record: StepRecord, counted: set[str]) -> tuple[list[str], Flo
     for place, (tag, sketch) in enumerate(record.items()):
         if place % SLICE == 0:
             _yield_lock()
-        section, _, name = tag.partition("/")
         if sketch.count:
-            for statistic, compute in STATISTICS.items():
-                tags.append(f"{section}.{statistic}/{name}")
-                numbers.append(compute(sketch))
-        for statistic, count in COUNTS.items():
-            number = count(sketch)
-            if number or counted:
-                scalar_tag = f"{section}.{statistic}/{name}"
+            tags += _tags_under(tag, _STATISTICS)
+            numbers += [compute(sketch) for compute in STATISTICS.values()]
+        if counted or sketch.nan_count or sketch.inf_count:
+            for scalar_tag, count in zip(_tags_under(tag, _COUNTS), COUNTS.values(), strict=True):
+                number = count(sketch)
                 if number or scalar_tag in counted:
                     counted.add(scalar_tag)
                     tags.append(scalar_tag)
                     numbers.append(number)
     return tags, np.array(numbers, np.float64)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _tags_under(tag: str, statistics: tuple[str, ...]) -> tuple[str, ...]:
+    """Tags of the statistics of what is under a tag; they come again each step."""
+    section, _, name = tag.partition("/")
+    return tuple(f"{section}.{statistic}/{name}" for statistic in statistics)
 
 
 def histogram_slices(record: StepRecord) -> Iterator[HistogramSlice]:
@@ -114,8 +123,11 @@ def histogram_slices(record: StepRecord) -> Iterator[HistogramSlice]:
 
 
 def _yield_lock() -> None:
-    """Let another thread have the interpreter lock, which a thread otherwise keeps for 5 ms where it can."""
-    time.sleep(0)
+    """Let another thread have the interpreter lock, which a thread otherwise keeps for 5 ms where it can.
+
+    To sleep no time at all would give the lock up and take it again before anybody has woken.
+    """
+    time.sleep(BREATH_SECONDS)
 
 
 def _slices(measured: _Measured, with_log10: bool) -> Iterator[HistogramSlice]:
@@ -124,8 +136,7 @@ def _slices(measured: _Measured, with_log10: bool) -> Iterator[HistogramSlice]:
     yield _slice([tag for tag, _ in measured], histograms(knots), knots.count, total, squares)
     if with_log10:
         _yield_lock()
-        parts = (tag.partition("/") for tag, _ in measured)
-        tags = [f"{section}.{LOG10}/{name}" for section, _, name in parts]
+        tags = [_tags_under(tag, (LOG10,))[0] for tag, _ in measured]
         nothing = np.zeros(len(tags))
         yield _slice(tags, log10_histograms(knots), knots.count - knots.zeros, nothing, nothing)
 

@@ -92,6 +92,10 @@ class Collector:
                 self.shards.select(model, self._selector.parameters)
         return modules
 
+    def modules(self) -> tuple[ModuleEntry, ...]:
+        """The selected modules, as the model is now."""
+        return self.select() if MODULE_KINDS.intersection(self._kinds) else ()
+
     def _bases(self) -> Iterator[Site]:
         """What is selected; a module stands for all its outputs."""
         for name in self._selector.module_names:

@@ -128,7 +128,7 @@ class Session:
 
     def modules(self) -> Iterable[ModuleEntry]:
         """The modules to attach to, as the model is now."""
-        return self.collector.select()
+        return self.collector.modules()
 
     def inside_graph(self, names: Iterable[str]) -> None:
         """Modules that are part of a compiled graph and so are not observed."""
