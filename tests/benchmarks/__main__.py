@@ -6,9 +6,9 @@ import sys
 
 from rich.console import Console
 
-from . import measuring, steps
+from . import measuring, steps, units
 
-BENCHMARKS = {"measuring": measuring.run, "steps": steps.run}
+BENCHMARKS = {"measuring": measuring.run, "steps": steps.run, "units": units.run}
 
 
 def main() -> None:
