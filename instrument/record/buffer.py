@@ -5,15 +5,32 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
 
 from instrument.capture.names import Site
 from instrument.measure.sketch import Sketch, merge_all
 from instrument.record.tags import tag_of
 
-__all__ = ["Buffer", "StepRecord"]
+__all__ = ["Buffer", "StepRecord", "Traits"]
 
 MERGE_AFTER = 8
 """Sketches of one site that are kept apart before they are merged: micro-batches must not pile up."""
+
+
+class Traits(NamedTuple):
+    """What a tensor is besides its values; of several that were merged, the last."""
+
+    dtype: torch.dtype
+    ndim: int
+    requires_grad: bool
+    scale: float = 1.0
+    """What the values were multiplied by in the tensor: that of a gradient scaler."""
+
+
+NO_TRAITS: Mapping[str, Traits] = MappingProxyType({})
 
 
 class StepRecord(Mapping[str, Sketch]):
@@ -24,6 +41,7 @@ class StepRecord(Mapping[str, Sketch]):
         sketches: Tag to sketch.
         wall_time: Seconds since 1970 at which the step ended.
         skipped: Whether the optimizer left the parameters as they were, because a gradient scaler found Inf.
+        traits: Tag to what the tensor is besides its values, where that is known.
 
     Example:
         >>> from instrument import measure
@@ -33,12 +51,21 @@ class StepRecord(Mapping[str, Sketch]):
         (3, 1.0)
     """
 
-    __slots__ = ("_sketches", "skipped", "step", "wall_time")
+    __slots__ = ("_sketches", "skipped", "step", "traits", "wall_time")
 
-    def __init__(self, step: int, sketches: Mapping[str, Sketch], wall_time: float, skipped: bool = False) -> None:
+    def __init__(
+        self,
+        step: int,
+        sketches: Mapping[str, Sketch],
+        wall_time: float,
+        skipped: bool = False,
+        *,
+        traits: Mapping[str, Traits] = NO_TRAITS,
+    ) -> None:
         self.step = step
         self.skipped = skipped
         self.wall_time = wall_time
+        self.traits = traits
         self._sketches = dict(sketches)
 
     def __getitem__(self, tag: str) -> Sketch:
@@ -68,6 +95,8 @@ class Buffer:
         """Number of the step that is collected; None between steps."""
         self.skipped = False
         """Whether the optimizer skipped this step."""
+        self.traits: dict[Site, Traits] = {}
+        """What the tensor of each site was when it was last measured."""
         self._wall_time = 0.0
         self._parts: dict[Site, list[Sketch]] = {}
 
@@ -84,6 +113,12 @@ class Buffer:
         parts.append(sketch)
         if len(parts) > MERGE_AFTER:
             parts[:] = [merge_all(parts)]
+
+    def divide(self, site: Site, scale: float) -> None:
+        """Note that the sketches of a site are those of its values divided by a scale."""
+        traits = self.traits.get(site)
+        if traits is not None:
+            self.traits[site] = traits._replace(scale=scale)
 
     def discard(self, site: Site) -> None:
         """Forget what the step has of this site."""
@@ -112,10 +147,12 @@ class Buffer:
         if step is None or not parts:
             return None
         sketches = {tag_of(site): merge_all(sketches) for site, sketches in parts.items()}
+        traits = {tag_of(site): self.traits[site] for site in parts if site in self.traits}
         if self.history and self.history[-1].step == step:
             earlier = self.history.pop()
             sketches = {tag: sketch for tag, sketch in sketches.items() if tag not in earlier}
-            self.history.append(StepRecord(step, {**earlier, **sketches}, self._wall_time, self.skipped))
+            whole, known = {**earlier, **sketches}, {**earlier.traits, **traits}
+            self.history.append(StepRecord(step, whole, self._wall_time, self.skipped, traits=known))
         else:
-            self.history.append(StepRecord(step, sketches, self._wall_time, self.skipped))
-        return StepRecord(step, sketches, self._wall_time, self.skipped) if sketches else None
+            self.history.append(StepRecord(step, sketches, self._wall_time, self.skipped, traits=traits))
+        return StepRecord(step, sketches, self._wall_time, self.skipped, traits=traits) if sketches else None

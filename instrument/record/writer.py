@@ -7,10 +7,14 @@ training thread, and nothing lost at exit.
 
 from __future__ import annotations
 
+import io
+import time
 import weakref
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter
@@ -19,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 from instrument.errors import ConfigError, warn_quietly
 from instrument.record.buffer import StepRecord
 from instrument.record.event_file import EventFile
+from instrument.record.losses import Losses
 from instrument.record.values import record_values
 from instrument.record.worker import Worker
 
@@ -30,7 +35,12 @@ EXIT_PATIENCE_SECONDS = 60.0
 BYTES_PER_SKETCH = 4096
 """Memory of a sketch that waits to be written, roughly."""
 
+TEXT_PLUGIN = "text"
+
 REQUIRED_METHODS = ("add_scalar", "add_histogram_raw")
+
+Built: TypeAlias = "Iterable[tuple[int, list[Summary.Value]]]"
+"""Step and values of each event that was built in the background."""
 
 
 class _Events:
@@ -47,14 +57,19 @@ class _Events:
         return self._logdir
 
     def add_event(self, event: Any) -> None:
-        self.add_built(lambda: event, event.ByteSize())
+        self.add_built(lambda: (event,), event.ByteSize())
 
-    def add_built(self, build: Callable[[], Any], size: int) -> None:
-        """Write an event that is built in the writer's thread."""
+    def add_built(self, build: Callable[[], Iterable[Any]], size: int) -> None:
+        """Write events that are built in the writer's thread."""
         if self._is_closed:
             self.reopen()
         file = self._file
-        self._worker.submit(lambda: file.write(build().SerializeToString()), size)
+
+        def write() -> None:
+            for event in build():
+                file.write(event.SerializeToString())
+
+        self._worker.submit(write, size)
 
     def flush(self) -> None:
         self._worker.submit(self._file.retry)
@@ -112,6 +127,8 @@ class SummaryWriter(TorchSummaryWriter):
         # Readers in Python ignore the first START of a run, so that a later one, on resuming, purges only when
         # the first file has one too.
         purge_step = 0 if purge_step is None else purge_step
+        self.losses = Losses()
+        """The training loss, where the user logs one."""
         super().__init__(log_dir, comment, purge_step, max_queue, flush_secs, filename_suffix)
 
     def _get_file_writer(self) -> _FileWriter:
@@ -132,11 +149,18 @@ class SummaryWriter(TorchSummaryWriter):
         if own.all_writers is not None:
             super().flush()
 
-    def add_built(self, build: Callable[[], Any], size: int) -> None:
-        """Add an event that is built in the writer's thread.
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None, *args: Any, **more: Any) -> None:
+        """Add a scalar, as in torch; one that is called a loss is looked at for spikes too."""
+        super().add_scalar(tag, scalar_value, global_step, *args, **more)
+        if global_step is not None and self.losses.wants(tag):
+            value = scalar_value.detach() if hasattr(scalar_value, "detach") else scalar_value
+            self.losses.add(tag, int(global_step), float(value))
+
+    def add_built(self, build: Callable[[], Iterable[Any]], size: int) -> None:
+        """Add events that are built in the writer's thread.
 
         Args:
-            build: Gives the `Event`.
+            build: Gives each `Event`.
             size: Bytes that wait with it, roughly.
         """
         self._get_file_writer().event_writer.add_built(build, size)
@@ -148,8 +172,11 @@ class RecordSink(Protocol):
     def write(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
         """Write the scalars of a record, its histograms, or both; returns at once."""
 
-    def text(self, tag: str, build: Callable[[], str], step: int) -> None:
-        """Write a text that is built in the background; returns at once."""
+    def values(self, build: Callable[[], Built]) -> None:
+        """Write scalars, texts and images that are built in the background; returns at once."""
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Have something done in the background, in order with what is written; returns at once."""
 
     def flush(self) -> None:
         """Return when what was written is with the writer, and on disk if the writer is ours."""
@@ -200,15 +227,27 @@ class OwnSink:
 
         def build() -> Any:
             values = record_values(record, scalars, histograms, self._counted)
-            return Event(wall_time=record.wall_time, step=record.step, summary=Summary(value=values))
+            return (Event(wall_time=record.wall_time, step=record.step, summary=Summary(value=values)),)
 
         self._writer.add_built(build, BYTES_PER_SKETCH * len(record))
 
-    def text(self, tag: str, build: Callable[[], str], step: int) -> None:
-        """Write a text."""
-        from torch.utils.tensorboard.summary import text
+    def values(self, build: Callable[[], Built]) -> None:
+        """Write what is built, an event a step."""
 
-        self._writer.add_built(lambda: Event(step=step, summary=text(tag, build())), BYTES_PER_SKETCH)
+        def events() -> Iterable[Any]:
+            for step, values in build():
+                yield Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+
+        self._writer.add_built(events, BYTES_PER_SKETCH)
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Do a job in the writer's thread."""
+
+        def nothing() -> Iterable[Any]:
+            job()
+            return ()
+
+        self._writer.add_built(nothing, BYTES_PER_SKETCH)
 
     def flush(self) -> None:
         """Return when everything is in the file."""
@@ -258,10 +297,29 @@ class ForeignSink:
 
         self._worker.submit(add, BYTES_PER_SKETCH * len(record))
 
-    def text(self, tag: str, build: Callable[[], str], step: int) -> None:
-        """Write a text, where the writer takes texts."""
-        if callable(getattr(self._writer, "add_text", None)):
-            self._worker.submit(lambda: self._writer.add_text(tag, build(), step), BYTES_PER_SKETCH)
+    def values(self, build: Callable[[], Built]) -> None:
+        """Write what is built, one call a tag; what the writer has no method for is left out."""
+
+        def add() -> None:
+            for step, values in build():
+                for value in values:
+                    self._add(value, step)
+
+        self._worker.submit(add, BYTES_PER_SKETCH)
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Do a job in the thread."""
+        self._worker.submit(job, BYTES_PER_SKETCH)
+
+    def _add(self, value: Any, step: int) -> None:
+        plugin = value.metadata.plugin_data.plugin_name
+        if value.HasField("simple_value"):
+            self._writer.add_scalar(value.tag, value.simple_value, step)
+        elif plugin == TEXT_PLUGIN and callable(getattr(self._writer, "add_text", None)):
+            self._writer.add_text(value.tag, value.tensor.string_val[0].decode(), step)
+        elif value.HasField("image") and callable(getattr(self._writer, "add_image", None)):
+            image = Image.open(io.BytesIO(value.image.encoded_image_string)).convert("RGB")
+            self._writer.add_image(value.tag, np.asarray(image), step, dataformats="HWC")
 
     def flush(self) -> None:
         """Return when the writer was given everything and was flushed itself."""

@@ -16,7 +16,7 @@ from instrument.config import Config
 from instrument.errors import UnmeasurableError
 from instrument.measure.custom_op import measure
 from instrument.measure.sketch import Sketch
-from instrument.record.buffer import Buffer, StepRecord
+from instrument.record.buffer import Buffer, StepRecord, Traits
 from instrument.torch_private import version_of
 from instrument.watcher.notices import Notices, place_of
 
@@ -96,6 +96,7 @@ class Collector:
         except Exception as error:
             self._notices.failed(place_of(site), error)
             return None
+        self.buffer.traits[site] = Traits(tensor.dtype, tensor.dim(), tensor.requires_grad)
         base, bracket, _ = site.name.partition("[")
         if bracket:
             self._outputs.setdefault(Site(site.kind, base), {})[site] = None
@@ -151,6 +152,7 @@ class Collector:
             if sketch is None:
                 self._notices.say(f"{place_of(site)} could not be measured inside the graph")
             elif scale is not None and site.kind == "activation_gradients":
+                self.buffer.divide(site, float(scale))
                 self.buffer.add(site, sketch.divided(float(scale)))
             else:
                 self.buffer.add(site, sketch)
