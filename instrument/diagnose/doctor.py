@@ -176,6 +176,7 @@ class Doctor:
         if not reading.units:  # units are judged on some readings only; in between, what was found of them stands
             kept = {key: old for key, old in self._active.items() if key[0] in _OF_UNITS}
             active = {**kept, **active}
+            self._seen.update({key: (self._seen[key][0], reading.step) for key in kept})
         self._active = active
         self._told += told
         return tuple(told)

@@ -98,7 +98,10 @@ def _advice(reading: Reading, offender: Site) -> str:
     if reading.get(offender.kind, RANGE_FRACTION, offender.name) is not None:
         return "It is in float16, which ends at 65504: use bfloat16, or keep this layer in float32."
     if offender.kind == "activations":
-        return "Look in that layer for a division, a logarithm or a root of zero; check the input; lower the learning rate."
+        return (
+            "Look in that layer for a division, a logarithm or a root of zero; check the input; lower the "
+            "learning rate."
+        )
     if offender.kind == "parameters":
         return "The step itself made it: lower the learning rate, or clip gradients."
     return (

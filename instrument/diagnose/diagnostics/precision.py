@@ -26,9 +26,8 @@ def underflow(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
         for name, share in newest.column(kind, SUBNORMAL_FRACTION).items():
             if share <= config.subnormal_fraction or newest.is_skipped:
                 continue
-            series = [value for r in readings if (value := r.get(kind, SUBNORMAL_FRACTION, name)) is not None][
-                -_CHECKS:
-            ]
+            every = (reading.get(kind, SUBNORMAL_FRACTION, name) for reading in readings)
+            series = [value for value in every if value is not None][-_CHECKS:]
             if len(series) == _CHECKS and min(series) > config.subnormal_fraction:
                 site = Site(kind, name)
                 yield Finding(

@@ -21,14 +21,15 @@ def update_ratio(readings: Sequence[Reading], config: Config) -> Iterator[Findin
             yield Finding(
                 Level.WARN, "update_ratio", site, readings[-1].step, ratio, high, "log10",
                 f"each step changes {name} by {100 * 10**ratio:.2g} % of its size, and has done so for "
-                f"{config.update_ratio_checks} readings; 0.1 % is usual. Lower the learning rate, at least for this layer.",
+                f"{config.update_ratio_checks} readings; 0.1 % is usual. Lower the learning rate, at least for this "
+                "layer.",
             )  # fmt: skip
         elif ratio < low and _lasts(readings, name, lambda value: value < low, config.update_ratio_checks):
             yield Finding(
                 Level.INFO, "update_ratio", site, readings[-1].step, ratio, low, "log10",
                 f"each step changes {name} by only {100 * 10**ratio:.2g} % of its size, and has done so for "
-                f"{config.update_ratio_checks} readings; 0.1 % is usual. At the end of a schedule and in fine-tuning that "
-                "is meant; at the beginning of a training, raise the learning rate.",
+                f"{config.update_ratio_checks} readings; 0.1 % is usual. At the end of a schedule and in fine-tuning "
+                "that is meant; at the beginning of a training, raise the learning rate.",
             )  # fmt: skip
 
 

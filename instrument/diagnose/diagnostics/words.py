@@ -62,5 +62,6 @@ def leaves(reading: Reading) -> list[str]:
     names = [name.partition("[")[0] for name in reading.column("activations", "rms")]
     parents = {name[:cut] for name in names for cut in range(len(name)) if name[cut] == "."}
     found = [name for name in dict.fromkeys(names) if name not in parents]
-    # The root is shown by the name of its class and stands above all others, although no dot says so.
-    return found[:-1] if len(found) > 1 and "." not in found[-1] and not found[-1].isdigit() else found
+    # The root returns last and is shown by the name of its class; it holds all others, although no dot says so.
+    is_root = len(found) > 1 and "." not in found[-1] and (found[-1][0].isupper() or found[-1][0] == "(")
+    return found[:-1] if is_root else found
