@@ -61,8 +61,8 @@ def gradient_scale(readings: Sequence[Reading], config: Config) -> Iterator[Find
                 Level.CRIT if is_critical else Level.WARN, "vanishing_gradient", Site(kind, names[0]), newest.step,
                 ratio, config.gradient_depth_ratio, "times",
                 f"the gradient vanishes on its way back: {sizes[-1]:.2g} at {names[-1]}, but {sizes[0]:.2g} here, so "
-                "that the early layers hardly learn. Use ReLU or GELU in place of sigmoid or tanh, residual connections, "
-                "a normalisation between the layers, or a larger initialisation.",
+                "that the early layers hardly learn. Use ReLU or GELU in place of sigmoid or tanh, residual "
+                "connections, a normalisation between the layers, or a larger initialisation.",
             )  # fmt: skip
         else:
             yield Finding(

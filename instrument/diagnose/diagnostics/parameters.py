@@ -51,8 +51,8 @@ def unchanged(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
             yield Finding(
                 Level.WARN, "unchanged", Site("updates", name), newest.step, 0.0, 0.0, "update",
                 f"{name} has a gradient and yet not one of its values has changed on the last {len(recent)} readings. "
-                "Its learning rate is zero, or so small that the change is lost in rounding (in bfloat16, below 0.4 % of "
-                "a value): raise it, or keep a copy of the parameters in float32.",
+                "Its learning rate is zero, or so small that the change is lost in rounding (in bfloat16, below 0.4 % "
+                "of a value): raise it, or keep a copy of the parameters in float32.",
             )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from instrument.capture.names import Site
 from instrument.diagnose.readings import Reading
 
-__all__ = ["leaves", "listed", "percent", "place", "role"]
+__all__ = ["is_root", "leaves", "listed", "percent", "place", "role"]
 
 _PLACES = {
     "activations": "the output of {}",
@@ -57,11 +57,20 @@ def role(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
+def is_root(name: str) -> bool:
+    """Whether a module is the model itself, which is shown by the name of its class.
+
+    Example:
+        >>> is_root("Sequential"), is_root("blocks"), is_root("0")
+        (True, False, False)
+    """
+    return "." not in name and (name[:1].isupper() or name[:1] == "(")
+
+
 def leaves(reading: Reading) -> list[str]:
     """Modules that hold no other, in the order of execution."""
     names = [name.partition("[")[0] for name in reading.column("activations", "rms")]
     parents = {name[:cut] for name in names for cut in range(len(name)) if name[cut] == "."}
     found = [name for name in dict.fromkeys(names) if name not in parents]
-    # The root returns last and is shown by the name of its class; it holds all others, although no dot says so.
-    is_root = len(found) > 1 and "." not in found[-1] and (found[-1][0].isupper() or found[-1][0] == "(")
-    return found[:-1] if is_root else found
+    # The root returns last and holds all others, although no dot says so.
+    return found[:-1] if len(found) > 1 and is_root(found[-1]) else found
