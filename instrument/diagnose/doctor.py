@@ -101,6 +101,16 @@ class Doctor:
             self._done.clear()
         return done
 
+    def judge(self) -> None:
+        """Judge units after the newest record, where that was not done; `catch_up` gives what becomes of it."""
+        with self._lock:
+            self._examine_waiting()
+            if self._windows is not None and self.readings:
+                newest = self.readings[-1]
+                units = self._windows.status()
+                reading = Reading(newest.step, {}, units, newest.loss, newest.parameters)
+                self._done.append(Examination(reading, self._examine(reading), is_flush=True))
+
     def findings(self) -> tuple[Finding, ...]:
         """Everything found so far, each told once, oldest first.
 
@@ -170,9 +180,14 @@ class Doctor:
         told = []
         for diagnostic in tuple(self._diagnostics):
             for finding in self._ask(diagnostic, readings):
-                active[finding.diagnostic, finding.site] = finding
-                if self._is_new(finding, diagnostic.__name__ in ONCE):
+                is_once = diagnostic.__name__ in ONCE
+                if self._is_new(finding, is_once):
                     told.append(finding)
+                elif is_once:  # the first offender is what matters, not who passes it on now
+                    finding = next(
+                        (old for old in self._active.values() if old.diagnostic == finding.diagnostic), finding
+                    )
+                active[finding.diagnostic, finding.site] = finding
         if not reading.units:  # units are judged on some readings only; in between, what was found of them stands
             kept = {key: old for key, old in self._active.items() if key[0] in _OF_UNITS}
             active = {**kept, **active}

@@ -18,6 +18,7 @@ __all__ = ["HEADINGS", "HealthRow", "health_rows"]
 HEADINGS = ("layer", "units", "dead", "fires below", "saturated", "act. rms", "grad. rms", "log10 upd.", "flags")
 
 FINE = "OK"
+PASSES_NAN = "WARN passes on NaN"
 
 _RECENT = 8
 """Readings that are looked at: the newest may lack activations, as the one at the end of a training does."""
@@ -55,7 +56,8 @@ class HealthRow:
             "" if self.dead_fraction is None else percent(self.dead_fraction),
             "" if self.rate_bound is None else percent(self.rate_bound),
             "" if self.saturated_fraction is None else percent(self.saturated_fraction),
-            *("" if v is None else f"{v:.3g}" for v in (self.activation_rms, self.gradient_rms)),
+            _number(self.activation_rms),
+            _number(self.gradient_rms),
             "" if self.log10_ratio is None else f"{self.log10_ratio:.1f}",
             ", ".join(self.flags),
         )
@@ -117,25 +119,36 @@ def _row(
     main = next((own for own in parameters if own.endswith("weight")), parameters[0] if parameters else "")
     judged = status if status is not None and status.units and status.verdict in ("ok", "dead") else None
     worst = sorted({(-finding.level, finding.diagnostic) for finding in findings})
+    numbers = (activations.get(name, activations.get(f"{name}[0]")), gradients.get(main))
+    fine = PASSES_NAN if any(number is not None and math.isnan(number) for number in numbers) else FINE
     return HealthRow(
         layer=name,
         units=status.units if status is not None else None,
         dead_fraction=len(judged.dead) / judged.units if judged is not None else None,
         rate_bound=judged.rate_bound if judged is not None else None,
         saturated_fraction=_mean(judged.saturated) if judged is not None and judged.function else None,
-        activation_rms=activations.get(name, activations.get(f"{name}[0]")),
-        gradient_rms=gradients.get(main),
+        activation_rms=numbers[0],
+        gradient_rms=numbers[1],
         log10_ratio=ratios.get(main),
-        flags=tuple(f"{Level(-level)} {diagnostic}" for level, diagnostic in worst) or (FINE,),
+        flags=tuple(f"{Level(-level)} {diagnostic}" for level, diagnostic in worst) or (fine,),
     )
 
 
 def _newest(readings: Sequence[Reading], kind: str, statistic: str) -> dict[str, float]:
-    """The newest value of each site, in the order of execution."""
+    """The newest value of each site, in the order of execution; NaN where nothing finite was measured."""
     found: dict[str, float] = {}
     for reading in readings:
         found.update(reading.column(kind, statistic))
+        if statistic == "rms":
+            spoilt = {**reading.column(kind, "nan_count"), **reading.column(kind, "inf_count")}
+            found.update((name, math.nan) for name in spoilt if reading.get(kind, statistic, name) is None)
     return found
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "NaN" if math.isnan(value) else f"{value:.3g}"
 
 
 def _owner(parameter: str) -> str:

@@ -89,11 +89,11 @@ class Reading:
     step: int
     values: Mapping[Tag, float]
     """In the order of execution: activations, their gradients, gradients of parameters, updates, parameters."""
-    units: Mapping[str, UnitStatus] = NO_UNITS
+    units: Mapping[str, UnitStatus] = dataclasses.field(default_factory=dict)
     """Module to the state of its units, where that was judged on this step."""
     loss: float | None = None
     """The training loss, where the user logs one."""
-    parameters: Mapping[str, ParameterTraits] = NO_PARAMETERS
+    parameters: Mapping[str, ParameterTraits] = dataclasses.field(default_factory=dict)
     """Name of each parameter to what it is; of this step or an earlier one."""
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -14,9 +15,12 @@ from torch import nn
 from instrument.capture.names import Site, check_selection
 from instrument.capture.patterns import Patterns
 from instrument.config import Config, ConfigSource
+from instrument.diagnose.findings import Finding
 from instrument.diagnose.report import Report
+from instrument.diagnose.units import UnitStatus
 from instrument.errors import RunError, warn_quietly
 from instrument.record.buffer import StepRecord
+from instrument.record.losses import Losses
 from instrument.record.runs import make_run_directory
 from instrument.record.writer import RecordSink, SummaryWriter, sink_for
 from instrument.watcher.arguments import (
@@ -31,11 +35,10 @@ from instrument.watcher.arguments import (
     check_step,
     settings,
 )
+from instrument.watcher.checkup import Checkup
 from instrument.watcher.session import Session
 
 __all__ = ["Watcher", "unwatch", "watch"]
-
-HEALTH_TAG = "health"
 
 
 def watch(
@@ -182,6 +185,7 @@ class Watcher:
         self._sink = sink
         self._off = off
         self._session: Session | None = None
+        self._checkup: Checkup | None = None
         self._finalizer: weakref.finalize[..., nn.Module] | None = None
         self._is_closed = False
 
@@ -201,13 +205,27 @@ class Watcher:
             self._session = Session(model, self.config, patterns, self._emit, optimizer, initial_step, strict)
             for note in notes:
                 self._session.notices.say(note)
+            self._checkup = self._begin_checkup(self._session, strict)
             self._session.open()
         except BaseException:
             self.close()
             raise
         _watchers[self._key] = self
         # Runs when the model is collected and when the interpreter exits; keeps the watcher alive until then.
-        self._finalizer = weakref.finalize(model, self.close)
+        self._finalizer = weakref.finalize(model, self._end)
+
+    def _begin_checkup(self, session: Session, strict: bool) -> Checkup:
+        assert self._sink is not None
+        losses = getattr(self.writer, "losses", None)
+        return Checkup(
+            self.config,
+            self._sink,
+            self.logdir,
+            losses.at if isinstance(losses, Losses) else _no_loss,
+            session.notices,
+            lambda: session.ask_for_burst(self.config.non_finite_burst),
+            strict,
+        )
 
     def _watches(self, model: nn.Module) -> bool:
         return not self._is_closed and self._model() is model
@@ -257,18 +275,45 @@ class Watcher:
         if self._session is not None and not self._is_closed:
             self._session.end_by_hand(number)
 
+    def findings(self) -> tuple[Finding, ...]:
+        """What was found wrong so far, oldest first: level, site, step, value, threshold and a sentence.
+
+        Each is told once; critical ones were also warned of. The list is complete up to the last finished step.
+        """
+        if self._checkup is None:
+            return ()
+        self._settle()
+        return self._checkup.findings()
+
+    def dead_units(self) -> dict[str, UnitStatus]:
+        """The state of the units of each module: which are dead, constant or saturated, and how sure that is."""
+        if self._checkup is None:
+            return {}
+        self._settle()
+        return self._checkup.units()
+
     def report(self) -> Report:
-        """The last value of each statistic, and what could not be observed; print it for tables."""
-        return Report.of_records(self.history, self.notices)
+        """The health of each layer, what was found and what could not be observed; print it for tables."""
+        return self._checkup.report(self.history) if self._checkup is not None else Report()
 
     def flush(self) -> None:
         """Write what was buffered; it is on disk when this returns."""
         if self._sink is not None and not self._is_closed:
             self._settle()
             self._sink.flush()
+            if self._checkup is not None:
+                self._checkup.raise_error()
 
     def close(self) -> None:
         """Log the last step, write everything, and take every hook off; does nothing the second time."""
+        self._close(None)
+
+    def _end(self) -> None:
+        """The model is gone, or the interpreter exits: by an exception, if one was the last to be printed."""
+        error = getattr(sys, "last_value", None)
+        self._close(error if self._model() is not None else None)
+
+    def _close(self, cause: BaseException | None) -> None:
         if self._is_closed:
             return
         self._is_closed = True
@@ -282,10 +327,11 @@ class Watcher:
                 session.close()
         finally:
             if sink is not None:
-                if session is not None and session.buffer.history and not session.is_elsewhere():
-                    report = Report.of_records(session.buffer.history, session.notices.texts)
-                    sink.text(HEALTH_TAG, report.markdown, session.buffer.history[-1].step)
+                if self._checkup is not None and session is not None and not session.is_elsewhere():
+                    self._checkup.close(cause)
                 sink.close()
+                if self._checkup is not None:
+                    self._checkup.raise_error()
 
     def _settle(self) -> None:
         if self._session is not None and not self._is_closed:
@@ -294,6 +340,8 @@ class Watcher:
     def _emit(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
         if self._sink is not None:
             self._sink.write(record, scalars, histograms)
+            if scalars and self._checkup is not None:
+                self._checkup.add(record, histograms)
 
     def __enter__(self) -> Watcher:
         return self
@@ -301,13 +349,18 @@ class Watcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._close(error)
 
     def __repr__(self) -> str:
         if self._off:
             return f"Watcher(off: {self._off})"
         state = "closed" if self._is_closed else f"step {self._session.clock.step if self._session else 0}"
         return f"Watcher({state}, {len(self.sites)} sites, logdir={self.logdir!r})"
+
+
+def _no_loss(step: int, since: int | None) -> float | None:
+    """Stands for the losses of a writer that keeps none."""
+    return None
 
 
 class _NullWriter:
