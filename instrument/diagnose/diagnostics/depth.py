@@ -13,7 +13,7 @@ import numpy as np
 
 from instrument.capture.names import Site
 from instrument.config import Config
-from instrument.diagnose.diagnostics.words import role
+from instrument.diagnose.diagnostics.words import newest, role
 from instrument.diagnose.findings import Finding, Level
 from instrument.diagnose.readings import Reading
 
@@ -30,8 +30,10 @@ def activation_scale(readings: Sequence[Reading], config: Config) -> Iterator[Fi
     """WARN: activations shrink or grow from layer to layer, as after an initialisation of the wrong scale."""
     for names, sizes in _profiles(readings, "activations", config):
         ratio = max(sizes) / min(sizes)
+        if ratio <= config.activation_depth_ratio:
+            continue
         trend = _trend(sizes)
-        if ratio > config.activation_depth_ratio and abs(trend) >= _STEADY:
+        if abs(trend) >= _STEADY:
             way = "grows" if trend > 0 else "shrinks"
             yield Finding(
                 Level.WARN, "activation_scale", Site("activations", names[-1]), readings[-1].step, ratio,
@@ -48,17 +50,19 @@ def gradient_scale(readings: Sequence[Reading], config: Config) -> Iterator[Find
     Gradients of matrices are compared, since those of biases before a normalisation are zero but for rounding; where
     none are watched, gradients of activations are.
     """
-    newest = readings[-1]
-    kind = "gradients" if newest.column("gradients", "rms") else "activation_gradients"
+    last = readings[-1]
+    kind = "gradients" if last.column("gradients", "rms") else "activation_gradients"
     for names, sizes in _profiles(readings, kind, config):
         ratio = max(sizes) / min(sizes)
+        if ratio <= config.gradient_depth_ratio:
+            continue
         trend = _trend(sizes)
-        if ratio <= config.gradient_depth_ratio or abs(trend) < _STEADY:
+        if abs(trend) < _STEADY:
             continue
         if trend > 0:
             is_critical = min(sizes) < config.vanishing_gradient_rms
             yield Finding(
-                Level.CRIT if is_critical else Level.WARN, "vanishing_gradient", Site(kind, names[0]), newest.step,
+                Level.CRIT if is_critical else Level.WARN, "vanishing_gradient", Site(kind, names[0]), last.step,
                 ratio, config.gradient_depth_ratio, "times",
                 f"the gradient vanishes on its way back: {sizes[-1]:.2g} at {names[-1]}, but {sizes[0]:.2g} here, so "
                 "that the early layers hardly learn. Use ReLU or GELU in place of sigmoid or tanh, residual "
@@ -66,7 +70,7 @@ def gradient_scale(readings: Sequence[Reading], config: Config) -> Iterator[Find
             )  # fmt: skip
         else:
             yield Finding(
-                Level.WARN, "exploding_gradient", Site(kind, names[0]), newest.step, ratio,
+                Level.WARN, "exploding_gradient", Site(kind, names[0]), last.step, ratio,
                 config.gradient_depth_ratio, "times",
                 f"the gradient explodes on its way back: {sizes[-1]:.2g} at {names[-1]}, but {sizes[0]:.2g} here. Use "
                 "a smaller initialisation, a normalisation between the layers, or clip gradients.",
@@ -75,11 +79,9 @@ def gradient_scale(readings: Sequence[Reading], config: Config) -> Iterator[Find
 
 def _profiles(readings: Sequence[Reading], kind: str, config: Config) -> Iterator[tuple[list[str], list[float]]]:
     """Names and mean sizes of the layers of each role, in the order of depth."""
-    recent = [reading for reading in readings if reading.column(kind, "rms")][-config.depth_checks :]
-    if len(recent) < config.depth_checks or recent[-1] is not readings[-1]:
-        return
+    recent = newest(readings, config.depth_checks, lambda reading: reading.column(kind, "rms"))
     groups: dict[str, list[str]] = {}
-    for name in recent[-1].column(kind, "rms"):
+    for name in recent[-1].column(kind, "rms") if recent else ():
         traits = readings[-1].parameters.get(name)
         if traits is None or traits.ndim >= _MATRIX:
             groups.setdefault(role(name), []).append(name)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from instrument.capture.names import Site
 from instrument.config import Config
-from instrument.diagnose.diagnostics.words import listed
+from instrument.diagnose.diagnostics.words import listed, newest
 from instrument.diagnose.findings import Finding, Level
 from instrument.diagnose.readings import GLOBAL_L2, Reading
 
@@ -15,13 +15,13 @@ __all__ = ["frozen", "no_gradient", "unchanged"]
 
 def no_gradient(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
     """WARN: a parameter that asks for a gradient has none, or one of zeros, on all of the last readings."""
-    newest = readings[-1]
-    recent = [reading for reading in readings if reading.values.get(GLOBAL_L2)][-config.unused_checks :]
-    if len(recent) < config.unused_checks or recent[-1] is not newest:
+    recent = newest(readings, config.unused_checks, lambda reading: reading.values.get(GLOBAL_L2))
+    if not recent:
         return
+    last = readings[-1]
     columns = [reading.column("gradients", "abs_max") for reading in recent]
     counts = [reading.column("gradients", count) for reading in recent for count in ("nan_count", "inf_count")]
-    for name, traits in newest.parameters.items():
+    for name, traits in last.parameters.items():
         if not traits.requires_grad or any(column.get(name) for column in (*columns, *counts)):
             continue
         is_there = any(name in column for column in columns)
@@ -33,23 +33,27 @@ def no_gradient(readings: Sequence[Reading], config: Config) -> Iterator[Finding
             "and optimizer.param_groups, or set requires_grad to False if that is meant."
         )
         yield Finding(
-            Level.WARN, "no_gradient", Site("gradients", name), newest.step, 0.0, 0.0, "gradient",
+            Level.WARN, "no_gradient", Site("gradients", name), last.step, 0.0, 0.0, "gradient",
             f"{name} {what} on the last {len(recent)} readings, so it does not learn. {why}",
         )  # fmt: skip
 
 
 def unchanged(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
     """WARN: a parameter has a gradient, and yet the optimizer did not change it at all; needs kind "updates"."""
-    newest = readings[-1]
-    recent = [r for r in readings if r.column("updates", "abs_max") and not r.is_skipped][-config.unchanged_checks :]
-    if len(recent) < config.unchanged_checks or recent[-1] is not newest:
+    recent = newest(
+        readings,
+        config.unchanged_checks,
+        lambda reading: reading.column("updates", "abs_max") and not reading.is_skipped,
+    )
+    if not recent:
         return
-    for name, change in newest.column("updates", "abs_max").items():
+    last = readings[-1]
+    for name, change in last.column("updates", "abs_max").items():
         if change != 0.0 or any(reading.get("updates", "abs_max", name) != 0.0 for reading in recent):
             continue
         if all(reading.get("gradients", "abs_max", name) for reading in recent):
             yield Finding(
-                Level.WARN, "unchanged", Site("updates", name), newest.step, 0.0, 0.0, "update",
+                Level.WARN, "unchanged", Site("updates", name), last.step, 0.0, 0.0, "update",
                 f"{name} has a gradient and yet not one of its values has changed on the last {len(recent)} readings. "
                 "Its learning rate is zero, or so small that the change is lost in rounding (in bfloat16, below 0.4 % "
                 "of a value): raise it, or keep a copy of the parameters in float32.",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from instrument.capture.names import Site
 from instrument.diagnose.readings import Reading
 
-__all__ = ["is_root", "leaves", "listed", "percent", "place", "role"]
+__all__ = ["is_root", "leaves", "listed", "newest", "percent", "place", "role"]
 
 _PLACES = {
     "activations": "the output of {}",
@@ -65,6 +67,23 @@ def is_root(name: str) -> bool:
         (True, False, False)
     """
     return "." not in name and (name[:1].isupper() or name[:1] == "(")
+
+
+def newest(readings: Sequence[Reading], count: int, counts: Callable[[Reading], Any]) -> list[Reading]:
+    """The last readings that count, oldest first; none where the newest does not, or there are too few.
+
+    Args:
+        readings: Oldest first.
+        count: How many are wanted.
+        counts: Whether a reading counts.
+
+    Returns:
+        So many readings, or none.
+    """
+    if not counts(readings[-1]):
+        return []
+    found = list(itertools.islice(filter(counts, reversed(readings)), count))
+    return found[::-1] if len(found) == count else []
 
 
 def leaves(reading: Reading) -> list[str]:
