@@ -27,7 +27,7 @@ from instrument.diagnose.health import HEADINGS, HealthRow, health_rows
 from instrument.diagnose.readings import NO_PARAMETERS, ParameterTraits, Reading
 from instrument.diagnose.units import decode
 from instrument.record.buffer import StepRecord
-from instrument.record.documents import UNITS_TAG, WATCH_TAG
+from instrument.record.documents import UNITS_TAG, WATCH_TAG, unpacked
 from instrument.record.reading import read_steps
 
 __all__ = ["Report", "health_markdown"]
@@ -105,14 +105,16 @@ class Report:
         doctor: Doctor | None = None
         notices: tuple[str, ...] = ()
         parameters = NO_PARAMETERS
-        for contents in read_steps(logdir, progress):
-            about = contents.documents.get(WATCH_TAG)
-            if about is not None:
+        damages: list[str] = []
+        for contents in read_steps(logdir, progress, damages):
+            about = None
+            if WATCH_TAG in contents.documents:
+                about = unpacked(contents.documents[WATCH_TAG])
                 notices = tuple(about["notices"])
                 parameters = {name: ParameterTraits(*traits) for name, traits in about["parameters"].items()}
             if doctor is None:
                 doctor = Doctor(_config_of(about["config"]) if about is not None else Config(), None)
-            units = decode(contents.documents.get(UNITS_TAG, {}))
+            units = decode(contents.documents[UNITS_TAG]) if UNITS_TAG in contents.documents else {}
             doctor.examine(Reading.of_scalars(contents.step, contents.scalars, units, contents.loss, parameters))
             latest.add(contents.step, contents.scalars)
         assert doctor is not None
@@ -121,7 +123,7 @@ class Report:
         return cls(
             health_rows(tuple(doctor.readings), doctor.units(), doctor.active()),
             doctor.findings(),
-            notices,
+            (*notices, *damages),
             accident,
             tuple(grew_first(before, accident.step)) if accident is not None else (),
             latest.rows(),

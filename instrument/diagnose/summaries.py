@@ -16,7 +16,7 @@ from instrument.diagnose.health import health_rows
 from instrument.diagnose.readings import DERIVED, GUIDE, LOG10_RATIO, ParameterTraits, Reading
 from instrument.diagnose.report import health_markdown
 from instrument.diagnose.units import UnitStatus, encode
-from instrument.record.documents import UNITS_TAG, WATCH_TAG, document
+from instrument.record.documents import UNITS_TAG, WATCH_TAG, document, packed
 from instrument.record.tags import tag_of
 
 __all__ = ["EVENTS_TAG", "HEALTH_TAG", "Summaries"]
@@ -67,7 +67,7 @@ class Summaries:
         about = (tuple(self._notices()), reading.parameters)
         if about != self._about:
             self._about = about
-            values.append(document(WATCH_TAG, self._watch(*about)))
+            values.append(document(WATCH_TAG, packed(self._watch(*about))))
         if examination.is_flush:
             values += _of_units(reading.units)
             rows = health_rows(tuple(self._doctor.readings), reading.units, self._doctor.active())

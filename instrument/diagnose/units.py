@@ -8,6 +8,7 @@ from typing import Any
 
 from instrument.config import Config
 from instrument.record.buffer import StepRecord
+from instrument.record.documents import packed, unpacked
 
 __all__ = ["UnitStatus", "UnitWindows", "decode", "encode"]
 
@@ -63,11 +64,11 @@ class UnitWindows:
         return {}
 
 
-def encode(statuses: Mapping[str, UnitStatus]) -> dict[str, Any]:
+def encode(statuses: Mapping[str, UnitStatus]) -> bytes:
     """Statuses as a document."""
-    return {name: status.as_dict() for name, status in statuses.items()}
+    return packed({name: status.as_dict() for name, status in statuses.items()})
 
 
-def decode(content: Mapping[str, Any]) -> dict[str, UnitStatus]:
+def decode(data: bytes) -> dict[str, UnitStatus]:
     """What `encode` was given."""
-    return {name: UnitStatus.from_dict(values) for name, values in content.items()}
+    return {name: UnitStatus.from_dict(values) for name, values in unpacked(data).items()}

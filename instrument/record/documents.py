@@ -1,6 +1,6 @@
 """Documents: what a run tells about itself besides numbers, kept in its event files for the commands to read.
 
-A document is JSON, compressed, in a tensor of a plugin that TensorBoard does not have, so that no tab shows it.
+A document is compressed JSON in a tensor of a plugin that TensorBoard does not have, so that no tab shows it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 
-__all__ = ["PLUGIN", "UNITS_TAG", "WATCH_TAG", "content_of", "document"]
+from instrument.errors import RunError
+
+__all__ = ["PLUGIN", "UNITS_TAG", "WATCH_TAG", "data_of", "document", "packed", "unpacked"]
 
 PLUGIN = "instrument"
 WATCH_TAG = "instrument/watch"
@@ -23,21 +25,20 @@ UNITS_TAG = "instrument/units"
 """Of the units of every module, at one step."""
 
 
-def document(tag: str, content: Any) -> Summary.Value:
+def document(tag: str, data: bytes) -> Summary.Value:
     """A document, as a value of an event.
 
     Args:
         tag: `WATCH_TAG` or `UNITS_TAG`.
-        content: Anything that JSON can hold.
+        data: What it holds.
 
     Returns:
         The value.
 
     Example:
-        >>> content_of(document(WATCH_TAG, {"notices": []}))
-        {'notices': []}
+        >>> data_of(document(WATCH_TAG, packed({"notices": []}))) == packed({"notices": []})
+        True
     """
-    data = zlib.compress(json.dumps(content, separators=(",", ":")).encode())
     return Summary.Value(
         tag=tag,
         metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN)),
@@ -45,15 +46,24 @@ def document(tag: str, content: Any) -> Summary.Value:
     )
 
 
-def content_of(value: Summary.Value) -> Any:
-    """What `document` was given.
+def data_of(value: Summary.Value) -> bytes | None:
+    """What `document` was given; None where a value is no document."""
+    is_document = value.metadata.plugin_data.plugin_name == PLUGIN and len(value.tensor.string_val) == 1
+    return bytes(value.tensor.string_val[0]) if is_document else None
+
+
+def packed(content: Any) -> bytes:
+    """Anything that JSON can hold, compressed."""
+    return zlib.compress(json.dumps(content, separators=(",", ":")).encode())
+
+
+def unpacked(data: bytes) -> Any:
+    """What `packed` was given.
 
     Raises:
-        ValueError: The value holds no document.
+        RunError: The data are something else.
     """
-    if not value.tensor.string_val:
-        raise ValueError(f"{value.tag} holds no document")
     try:
-        return json.loads(zlib.decompress(value.tensor.string_val[0]))
-    except zlib.error as error:
-        raise ValueError(f"{value.tag} holds no document: {error}") from error
+        return json.loads(zlib.decompress(data))
+    except (zlib.error, ValueError) as error:
+        raise RunError(f"a document of the run cannot be read: {error}") from error

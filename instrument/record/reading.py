@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 
 from instrument.errors import RunError
-from instrument.record.documents import PLUGIN, content_of
+from instrument.record.documents import data_of
 from instrument.record.events import Damage, scan
 from instrument.record.losses import Losses
 from instrument.record.runs import event_files
@@ -59,18 +59,21 @@ class StepContents:
     step: int
     scalars: dict[Tag, float] = dataclasses.field(default_factory=dict)
     """In the order in which they were written, which is that of execution."""
-    documents: dict[str, Any] = dataclasses.field(default_factory=dict)
+    documents: dict[str, bytes] = dataclasses.field(default_factory=dict)
     """By tag; what they hold."""
     loss: float | None = None
     """The training loss of the step or before it, where one was logged since the step before."""
 
 
-def read_steps(logdir: Path, progress: Callable[[int], None] | None = None) -> Iterator[StepContents]:
+def read_steps(
+    logdir: Path, progress: Callable[[int], None] | None = None, damages: list[str] | None = None
+) -> Iterator[StepContents]:
     """Read what a watch wrote, one step after another, so that a long run needs no more memory than a short one.
 
     Args:
         logdir: Directory of event files.
         progress: Called with the number of bytes read since the last call.
+        damages: What files are torn or damaged, and where, is added here.
 
     Yields:
         The contents of each step; a run that was resumed goes back to an earlier step, and what came after that
@@ -83,26 +86,25 @@ def read_steps(logdir: Path, progress: Callable[[int], None] | None = None) -> I
     losses = Losses()
     contents: StepContents | None = None
     before: int | None = None
-    for event in _events(logdir, progress):
+    for event in _events(logdir, progress, damages):
         for value in event.summary.value:
-            kind = value.WhichOneof("value")
-            if kind == "simple_value":
+            data: bytes | None = None
+            if value.WhichOneof("value") == "simple_value":
                 tag = parsed[value.tag] if value.tag in parsed else parsed.setdefault(value.tag, parse_tag(value.tag))
                 if tag is None:
                     losses.add(value.tag, event.step, value.simple_value)
                     continue
-            elif kind != "tensor" or value.metadata.plugin_data.plugin_name != PLUGIN:
-                continue
+            else:
+                data = data_of(value)
+                if data is None:
+                    continue
             if contents is None or contents.step != event.step:
                 if contents is not None:
                     yield _with_loss(contents, losses, before)
                     before = contents.step
                 contents = StepContents(event.step)
-            if kind == "tensor":
-                try:
-                    contents.documents[value.tag] = content_of(value)
-                except (ValueError, json.JSONDecodeError):
-                    continue
+            if data is not None:
+                contents.documents[value.tag] = data
             elif tag is not None and tag.statistic is not None:
                 contents.scalars[tag] = value.simple_value
     if contents is None:
@@ -115,15 +117,17 @@ def _with_loss(contents: StepContents, losses: Losses, before: int | None) -> St
     return contents
 
 
-def _events(logdir: Path, progress: Callable[[int], None] | None) -> Iterator[Any]:
+def _events(logdir: Path, progress: Callable[[int], None] | None, damages: list[str] | None = None) -> Iterator[Any]:
     """The events of all files of a run, each file up to where it is whole."""
     try:
         for path in event_files(logdir):
             for data in scan(path):
                 if isinstance(data, Damage):
+                    if damages is not None:
+                        damages.append(f"{path.name} is damaged at byte {data.offset}: {data.reason}; read up to there")
                     break
                 if progress is not None:
                     progress(len(data))
                 yield Event.FromString(data)
-    except OSError as error:
+    except (OSError, DecodeError) as error:
         raise RunError(f"run {logdir} cannot be read: {error}") from error

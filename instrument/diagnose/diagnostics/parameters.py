@@ -12,6 +12,9 @@ from instrument.diagnose.readings import GLOBAL_L2, Reading
 
 __all__ = ["frozen", "no_gradient", "unchanged"]
 
+_ROUNDING = 1e-4
+"""Gradients of which size, of the largest of the network, may be mere rounding errors."""
+
 
 def no_gradient(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
     """WARN: a parameter that asks for a gradient has none, or one of zeros, on all of the last readings."""
@@ -39,7 +42,11 @@ def no_gradient(readings: Sequence[Reading], config: Config) -> Iterator[Finding
 
 
 def unchanged(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
-    """WARN: a parameter has a gradient, and yet the optimizer did not change it at all; needs kind "updates"."""
+    """WARN: a parameter has a gradient, and yet the optimizer did not change it at all; needs kind "updates".
+
+    The gradient must be worth speaking of: a bias before a batch normalisation has one of mere rounding errors, which
+    SGD cannot add to it. So it must be at least a ten-thousandth of the largest gradient of the network.
+    """
     recent = newest(
         readings,
         config.unchanged_checks,
@@ -51,13 +58,18 @@ def unchanged(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
     for name, change in last.column("updates", "abs_max").items():
         if change != 0.0 or any(reading.get("updates", "abs_max", name) != 0.0 for reading in recent):
             continue
-        if all(reading.get("gradients", "abs_max", name) for reading in recent):
+        if all(_has_gradient(reading, name) for reading in recent):
             yield Finding(
                 Level.WARN, "unchanged", Site("updates", name), last.step, 0.0, 0.0, "update",
                 f"{name} has a gradient and yet not one of its values has changed on the last {len(recent)} readings. "
                 "Its learning rate is zero, or so small that the change is lost in rounding (in bfloat16, below 0.4 % "
                 "of a value): raise it, or keep a copy of the parameters in float32.",
             )  # fmt: skip
+
+
+def _has_gradient(reading: Reading, name: str) -> bool:
+    gradients = reading.column("gradients", "abs_max")
+    return name in gradients and gradients[name] > 0.0 and gradients[name] >= _ROUNDING * max(gradients.values())
 
 
 def frozen(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
