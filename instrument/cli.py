@@ -82,15 +82,19 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 
 @app.command()
-def report(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Print the last value of each statistic of a run, layer by layer."""
+def report(
+    run: RunArgument,
+    as_json: JsonOption = False,
+    full: Annotated[bool, typer.Option("--full", help="Print the last value of each statistic too.")] = False,
+) -> None:
+    """Print the health of a run layer by layer, what was found, and what was not observed."""
     logdir = resolve_run(run)
     with _LateProgress("reading", sum(path.stat().st_size for path in event_files(logdir))) as progress:
         result = Report.of_run(logdir, progress.advance)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:
-        result.print_to(Console())
+        result.print_to(Console(), full=full)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from instrument.watcher.watch import _watchers
+from instrument.watcher.watcher import watchers
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def _clean_ground(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     yield
-    for watcher in list(_watchers.values()):  # a test that failed may have left one
+    for watcher in list(watchers.values()):  # a test that failed may have left one
         watcher.close()
     assert torch.get_default_dtype() is torch.float32
     assert torch.is_grad_enabled()

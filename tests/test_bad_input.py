@@ -13,7 +13,7 @@ from torch import nn
 
 import instrument
 from instrument import ConfigError, InstrumentError, SelectionError, TensorBoardLogger, watch
-from instrument.watcher.watch import _watchers
+from instrument.watcher.watcher import watchers
 
 from .training import hooks_on, mlp
 
@@ -78,7 +78,7 @@ def test_bad_input_is_refused_in_words_that_help(
     assert "\n" not in str(caught.value)
     assert hooks_on(model) == before
     assert not (tmp_path / "runs").exists()
-    assert not _watchers
+    assert not watchers
 
 
 def test_an_exclude_without_a_match_is_a_warning_and_a_notice(tmp_path: Path) -> None:

@@ -38,10 +38,21 @@ def run(tmp_path: Path) -> Path:
         return (tmp_path / watcher.logdir).parents[1]
 
 
-def test_report_prints_the_last_values(run: Path) -> None:
-    """`instrument report RUN` prints a table a kind, from the run directory and from the one inside it."""
+def test_report_prints_the_health_of_each_layer(run: Path) -> None:
+    """`instrument report RUN` prints a row a layer and says that nothing was found, from either directory."""
     for path in (run, run / "logs" / "tensorboard"):
         result = command("report", str(path), cwd=run)
+        assert result.returncode == 0, result.stderr
+        rows = [line.split() for line in result.stdout.splitlines() if line.rstrip().endswith("OK")]
+        assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+        assert "none: nothing looks wrong" in result.stdout
+        assert "0.weight" not in result.stdout
+
+
+def test_a_full_report_prints_the_last_values(run: Path) -> None:
+    """`instrument report RUN --full` prints a table a kind too, from the run directory and from the one inside it."""
+    for path in (run, run / "logs" / "tensorboard"):
+        result = command("report", str(path), "--full", cwd=run)
         assert result.returncode == 0, result.stderr
         assert "0.weight" in result.stdout
         assert [section for section in ("Activations", "Parameters", "Gradients") if section in result.stdout] == [

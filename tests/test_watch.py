@@ -56,6 +56,9 @@ def test_the_whole_list_of_events_of_a_small_training(tmp_path: Path) -> None:
         for section in ("Parameters", "Gradients"):
             expected |= {f"{section}.{statistic}/{name}": with_last for name in parameters}
         expected |= {f"Updates.{statistic}/{name}": every for name in parameters}
+    # What readings need beside: the norm of all gradients, and the size of updates of matrices over that of the matrix.
+    expected |= {"Gradients.l2/_global": with_last}
+    expected |= {f"Updates.log10_ratio/{name}": every for name in ("0.weight", "_guide")}
     assert {tag: list(values) for tag, values in scalars.items()} == expected
 
 
@@ -500,7 +503,7 @@ class TestLife:
         assert read_back(tmp_path)[0]["Parameters/0.weight"] == [0, 5, 9, 10, 15]
 
     def test_a_report_shows_the_last_values(self, tmp_path: Path) -> None:
-        """`report()` has a row for each site, with the values of the last record."""
+        """`report()` has a row for each site and one for each layer, with the values of the last record."""
         model = mlp()
         watcher = instrument.watch(model, interval=1, logdir=tmp_path, strict=True)
         assert str(watcher.report()) == "nothing has been recorded yet"
@@ -510,6 +513,10 @@ class TestLife:
         record = watcher.history[-1]
         assert rows["gradients", "0.weight"].values["rms"] == record["Gradients/0.weight"].rms
         assert rows["gradients", "0.weight"].step == 2
-        assert "0.weight" in str(watcher.report())
+        health = {row.layer: row for row in watcher.report().health}
+        assert list(health) == ["0", "1", "2", "3"]
+        assert health["0"].gradient_rms == record["Gradients/0.weight"].rms
+        assert health["1"].activation_rms == record["Activations/1"].rms
+        assert "nothing looks wrong" in str(watcher.report())
         assert "<pre>" in watcher.report()._repr_html_()
         watcher.close()

@@ -1,78 +1,94 @@
-"""The report: the last value of each statistic, kind by kind and name by name.
+"""The report: the health of each layer, what was found, what came before an accident, and what was not observed.
 
-It is made of scalars, tag by tag and step by step, which a live watch has in its history and a finished run in
-its event files; so both show the same.
+A live watch has all of it in memory and a finished run in its event files; both go through the same doctor, so both
+show the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from instrument.config import SECTIONS
+from instrument.config import Config
+from instrument.diagnose.details import Latest, Row, detail_tables
+from instrument.diagnose.doctor import Doctor
+from instrument.diagnose.findings import Finding, Level
+from instrument.diagnose.flight import Accident, Growth, grew_first, read_flight
+from instrument.diagnose.health import HEADINGS, HealthRow, health_rows
+from instrument.diagnose.readings import NO_PARAMETERS, ParameterTraits, Reading
+from instrument.diagnose.units import decode
 from instrument.record.buffer import StepRecord
-from instrument.record.reading import Scalars, read_scalars
-from instrument.record.tags import COUNTS, STATISTICS, Tag, parse_tag
+from instrument.record.documents import UNITS_TAG, WATCH_TAG, unpacked
+from instrument.record.reading import read_steps
 
-__all__ = ["Report", "Row"]
+__all__ = ["Report", "health_markdown"]
 
-COLUMNS = (*STATISTICS, *COUNTS)
-_HEADINGS = {
-    "rms": "rms",
-    "mean": "mean",
-    "std": "std",
-    "abs_max": "abs max",
-    "zero_fraction": "zeros",
-    "nan_count": "NaN",
-    "inf_count": "Inf",
-}
-TEXT_WIDTH = 110
+TEXT_WIDTH = 120
+GROWTHS_SHOWN = 5
+SAME_SHOWN = 4
+"""Findings of one diagnostic and level that are printed in full."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """The last values of one site."""
-
-    kind: str
-    name: str
-    step: int
-    """Step of the values; NaN and Inf counts may be of an earlier one."""
-    values: Mapping[str, float]
-    """Statistic to value; a statistic that does not apply is absent."""
+_STYLES = {Level.INFO: "cyan", Level.WARN: "bold yellow", Level.CRIT: "bold red"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Last values of a watch, with what could not be observed; printing it gives tables.
+    """The state of a watch; printing it gives tables.
 
     Example:
-        >>> print(Report((), ()))
+        >>> print(Report())
         nothing has been recorded yet
     """
 
-    rows: tuple[Row, ...]
-    notices: tuple[str, ...]
+    health: tuple[HealthRow, ...] = ()
+    """One row a layer."""
+    findings: tuple[Finding, ...] = ()
+    """Everything found, oldest first."""
+    notices: tuple[str, ...] = ()
+    """What could not be observed, and why."""
+    accident: Accident | None = None
+    """What the flight recorder was written for."""
+    growths: tuple[Growth, ...] = ()
+    """Which tensors grew before the accident, the first in front."""
+    rows: tuple[Row, ...] = ()
+    """The last values of each site."""
 
     @classmethod
-    def of_records(cls, records: Iterable[StepRecord], notices: Iterable[str] = ()) -> Report:
-        """Report on step records, such as a watch's history."""
-        scalars: Scalars = {}
-        for record in records:
-            for tag, sketch in record.items():
-                parsed = parse_tag(tag)
-                assert parsed is not None
-                numbers = {**STATISTICS, **COUNTS} if sketch.count else COUNTS
-                for statistic, compute in numbers.items():
-                    scalars.setdefault(Tag(parsed.kind, statistic, parsed.name), {})[record.step] = compute(sketch)
-        return cls(_rows(scalars), tuple(notices))
+    def of_watch(
+        cls,
+        doctor: Doctor,
+        records: Iterable[StepRecord],
+        notices: Iterable[str] = (),
+        accident: Accident | None = None,
+    ) -> Report:
+        """Report on a live watch.
+
+        Args:
+            doctor: Who examined its records.
+            records: Its history.
+            notices: What it could not observe.
+            accident: What its flight recorder was written for.
+        """
+        latest = Latest()
+        latest.add_records(records)
+        findings, readings = doctor.findings(), tuple(doctor.readings)
+        return cls(
+            health_rows(readings, doctor.units(), doctor.active()),
+            findings,
+            tuple(notices),
+            accident,
+            tuple(grew_first(readings, accident.step)) if accident is not None else (),
+            latest.rows(),
+        )
 
     @classmethod
     def of_run(cls, logdir: Path, progress: Callable[[int], None] | None = None) -> Report:
@@ -85,57 +101,110 @@ class Report:
         Raises:
             RunError: They cannot be read, or hold nothing of ours.
         """
-        return cls(_rows(read_scalars(logdir, progress)), ())
+        latest = Latest()
+        doctor: Doctor | None = None
+        notices: tuple[str, ...] = ()
+        parameters = NO_PARAMETERS
+        damages: list[str] = []
+        for contents in read_steps(logdir, progress, damages):
+            about = None
+            if WATCH_TAG in contents.documents:
+                about = unpacked(contents.documents[WATCH_TAG])
+                notices = tuple(about["notices"])
+                parameters = {name: ParameterTraits(*traits) for name, traits in about["parameters"].items()}
+            if doctor is None:
+                doctor = Doctor(_config_of(about["config"]) if about is not None else Config(), None)
+            units = decode(contents.documents[UNITS_TAG]) if UNITS_TAG in contents.documents else {}
+            doctor.examine(Reading.of_scalars(contents.step, contents.scalars, units, contents.loss, parameters))
+            latest.add(contents.step, contents.scalars)
+        assert doctor is not None
+        flight = read_flight(logdir)
+        accident, before = flight if flight is not None else (None, [])
+        return cls(
+            health_rows(tuple(doctor.readings), doctor.units(), doctor.active()),
+            doctor.findings(),
+            (*notices, *damages),
+            accident,
+            tuple(grew_first(before, accident.step)) if accident is not None else (),
+            latest.rows(),
+        )
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for programs: ``{"rows": [{"kind", "name", "step", statistic: value, ...}], "notices": []}``."""
-        rows = [{"kind": row.kind, "name": row.name, "step": row.step, **_finite(row.values)} for row in self.rows]
-        return {"rows": rows, "notices": list(self.notices)}
+        """The same for programs: ``health``, ``findings``, ``accident``, ``growths``, ``notices`` and ``rows``."""
+        return {
+            "health": [row.as_dict() for row in self.health],
+            "findings": [finding.as_dict() for finding in self.findings],
+            "accident": self.accident.as_dict() if self.accident is not None else None,
+            "growths": [growth.as_dict() for growth in self.growths],
+            "notices": list(self.notices),
+            "rows": [row.as_dict() for row in self.rows],
+        }
 
-    def tables(self) -> list[Table]:
-        """One table a kind, for `rich` consoles."""
-        tables = []
-        for kind, section in SECTIONS.items():
-            rows = [row for row in self.rows if row.kind == kind]
-            if not rows:
-                continue
-            table = Table(title=section, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-            table.add_column("name", overflow="fold", no_wrap=False)
-            for statistic in COLUMNS:
-                table.add_column(_HEADINGS[statistic], justify="right", no_wrap=True)
-            table.add_column("step", justify="right", no_wrap=True)
-            for row in rows:
-                cells = [_cell(statistic, row.values.get(statistic)) for statistic in COLUMNS]
-                style = "bold red" if row.values.get("nan_count") or row.values.get("inf_count") else ""
-                table.add_row(row.name, *cells, str(row.step), style=style)
-            tables.append(table)
-        return tables
+    def print_to(self, console: Console, full: bool = False) -> None:
+        """Print the tables.
 
-    def print_to(self, console: Console) -> None:
-        """Print the tables and the notices."""
-        if not self.rows:
+        Args:
+            console: Where to.
+            full: Whether the last value of each statistic is printed too.
+        """
+        if not self.health and not self.rows:
             console.print("nothing has been recorded yet")
-        for table in self.tables():
-            console.print(table)
+        if self.health:
+            console.print(_health_table(self.health))
+        if self.rows:
+            self._print_findings(console)
+        if self.accident is not None:
+            self._print_accident(console)
+        if full:
+            for table in detail_tables(self.rows):
+                console.print(table)
         if self.notices:
             console.print("Not observed", style="bold")
             for notice in self.notices:
                 console.print(f"  {notice}", markup=False, highlight=False)
 
-    def markdown(self) -> str:
-        """The tables as Markdown, for TensorBoard's TEXT."""
-        parts = []
-        for kind, section in SECTIONS.items():
-            rows = [row for row in self.rows if row.kind == kind]
-            if rows:
-                headings = ["name", *(_HEADINGS[statistic] for statistic in COLUMNS), "step"]
-                lines = [" | ".join(headings), " | ".join("---" for _ in headings)]
-                for row in rows:
-                    cells = (_cell(statistic, row.values.get(statistic)) for statistic in COLUMNS)
-                    lines.append(" | ".join((f"`{row.name}`", *cells, str(row.step))))
-                parts.append(f"**{section}**\n\n" + "\n".join(lines))
-        parts += [f"Not observed: {notice}" for notice in self.notices]
-        return "\n\n".join(parts)
+    def _print_findings(self, console: Console) -> None:
+        console.print("Findings", style="bold")
+        if not self.findings:
+            console.print("  none: nothing looks wrong")
+        total = Counter((finding.level, finding.diagnostic) for finding in self.findings)
+        shown: Counter[tuple[Level, str]] = Counter()
+        table = Table.grid(padding=(0, 1))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for finding in sorted(self.findings, key=lambda finding: (-finding.level, finding.step)):
+            key = finding.level, finding.diagnostic
+            shown[key] += 1
+            level = Text(f"  {finding.level}", style=_STYLES[finding.level])
+            if shown[key] <= SAME_SHOWN:
+                where = Text(f"{finding.site.name}: " if finding.site is not None else "", style="bold")
+                table.add_row(level, f"step {finding.step}", where.append(Text(finding.sentence, style="not bold")))
+            if shown[key] == SAME_SHOWN < total[key]:
+                table.add_row(
+                    level, "", f"and {total[key] - SAME_SHOWN} more {finding.diagnostic}; --json has them all"
+                )
+        console.print(table)
+        console.print()
+
+    def _print_accident(self, console: Console) -> None:
+        assert self.accident is not None
+        console.print(f"Before the accident at step {self.accident.step} ({self.accident.reason})", style="bold")
+        if not self.growths:
+            console.print("  no tensor had grown tenfold: it came from one sampled step to the next\n")
+            return
+        steps = sorted({step for growth in self.growths[:GROWTHS_SHOWN] for step, _ in growth.values})
+        title = "  largest magnitudes, step by step"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("grew first", overflow="fold")
+        table.add_column("since step", justify="right", no_wrap=True)
+        for step in steps:
+            table.add_column(str(step), justify="right", no_wrap=True)
+        for growth in self.growths[:GROWTHS_SHOWN]:
+            values = dict(growth.values)
+            cells = [f"{values[step]:.3g}" if step in values else "" for step in steps]
+            table.add_row(f"{growth.site.kind} {growth.site.name}", str(growth.step), *cells)
+        console.print(table)
 
     def __str__(self) -> str:
         return _rendered(self, html=False)
@@ -144,33 +213,56 @@ class Report:
         return _rendered(self, html=True)
 
 
-def _rows(scalars: Scalars) -> tuple[Row, ...]:
-    """One row a site, in the order of kinds and of first appearance."""
-    last: dict[tuple[str, str], dict[str, tuple[int, float]]] = {}
-    for tag, values in scalars.items():
-        if tag.statistic in COLUMNS:
-            step = max(values)
-            last.setdefault((tag.kind, tag.name), {})[tag.statistic] = (step, values[step])
-    order = {kind: number for number, kind in enumerate(SECTIONS)}
-    return tuple(
-        Row(kind, name, max(step for step, _ in found.values()), {key: value for key, (_, value) in found.items()})
-        for (kind, name), found in sorted(last.items(), key=lambda item: order[item[0][0]])
-    )
+def _config_of(values: dict[str, Any]) -> Config:
+    """The settings of a run; keys of another version are passed over."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{key: value for key, value in values.items() if key in known})
 
 
-def _cell(statistic: str, value: float | None) -> str:
-    if value is None:
-        return "0" if statistic in COUNTS else ""
-    if statistic in COUNTS:
-        return f"{value:.0f}"
-    if statistic == "zero_fraction":
-        return f"{100 * value:.1f} %"
-    return f"{value:.3g}"
+def _health_table(rows: Sequence[HealthRow]) -> Table:
+    filled = _filled(rows)
+    table = Table(title="Health", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number in filled:
+        is_text = number in (0, len(HEADINGS) - 1)
+        table.add_column(HEADINGS[number], justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    for row in rows:
+        cells = row.cells()
+        table.add_row(*(cells[number] for number in filled), style=_STYLES[row.level] if row.level is not None else "")
+    return table
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON knows no NaN and no Inf."""
-    return {key: value if math.isfinite(value) else None for key, value in values.items()}
+def _filled(rows: Sequence[HealthRow]) -> list[int]:
+    """The columns in which something stands."""
+    every = [row.cells() for row in rows]
+    return [number for number in range(len(HEADINGS)) if any(cells[number] for cells in every)]
+
+
+def health_markdown(rows: Sequence[HealthRow], findings: Sequence[Finding], notices: Sequence[str]) -> str:
+    """The health table, what is wrong now and what was not observed, for TensorBoard's TEXT.
+
+    Args:
+        rows: The table.
+        findings: What the newest reading suffers from.
+        notices: What could not be observed.
+
+    Returns:
+        Markdown.
+    """
+    filled = _filled(rows)
+    parts = []
+    if rows:
+        lines = [" | ".join(HEADINGS[number] for number in filled), " | ".join("---" for _ in filled)]
+        for row in rows:
+            cells = row.cells()
+            lines.append(" | ".join([f"`{cells[0]}`", *(cells[number] for number in filled[1:])]))
+        parts.append("\n".join(lines))
+    if findings:
+        worst = sorted(findings, key=lambda finding: -finding.level)
+        parts.append("\n".join(f"* **{f.level}** `{f.site.name if f.site else 'network'}` {f.sentence}" for f in worst))
+    else:
+        parts.append("**OK** nothing looks wrong")
+    parts += [f"Not observed: {notice}" for notice in notices]
+    return "\n\n".join(parts)
 
 
 def _rendered(report: Report, html: bool) -> str:

@@ -7,6 +7,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
 
 from instrument.capture.names import Site
 from instrument.measure.batch import Later
@@ -14,7 +17,7 @@ from instrument.measure.sketch import Sketch, merge_all
 from instrument.measure.units import DeviceTally, UnitTally, merge_tallies
 from instrument.record.tags import tag_of
 
-__all__ = ["Buffer", "StepRecord"]
+__all__ = ["Buffer", "StepRecord", "Traits"]
 
 MERGE_AFTER = 8
 """Sketches or tallies of one site that are kept apart before they are merged: micro-batches must not pile up."""
@@ -53,6 +56,19 @@ class _Tallies(Mapping[str, UnitTally]):
         return _Tallies({**earlier, **self._parts})
 
 
+class Traits(NamedTuple):
+    """What a tensor is besides its values; of several that were merged, the last."""
+
+    dtype: torch.dtype
+    ndim: int
+    requires_grad: bool
+    scale: float = 1.0
+    """What the values were multiplied by in the tensor: that of a gradient scaler."""
+
+
+NO_TRAITS: Mapping[str, Traits] = MappingProxyType({})
+
+
 class StepRecord(Mapping[str, Sketch]):
     """All sketches of one sampled step: a mapping from tag to `Sketch`, in the order of execution.
 
@@ -62,6 +78,7 @@ class StepRecord(Mapping[str, Sketch]):
         wall_time: Seconds since 1970 at which the step ended.
         skipped: Whether the optimizer left the parameters as they were, because a gradient scaler found Inf.
         units: Module name to what its units did; parameter name, where rows of its gradient tell that.
+        traits: Tag to what the tensor is besides its values, where that is known.
 
     Example:
         >>> from instrument import measure
@@ -71,7 +88,7 @@ class StepRecord(Mapping[str, Sketch]):
         (3, 1.0)
     """
 
-    __slots__ = ("_sketches", "skipped", "step", "units", "wall_time")
+    __slots__ = ("_sketches", "skipped", "step", "traits", "units", "wall_time")
 
     def __init__(
         self,
@@ -80,11 +97,14 @@ class StepRecord(Mapping[str, Sketch]):
         wall_time: float,
         skipped: bool = False,
         units: Mapping[str, UnitTally] = NO_UNITS,
+        *,
+        traits: Mapping[str, Traits] = NO_TRAITS,
     ) -> None:
         self.step = step
         self.skipped = skipped
         self.wall_time = wall_time
         self.units = units
+        self.traits = traits
         self._sketches = dict(sketches)
 
     def __getitem__(self, tag: str) -> Sketch:
@@ -99,15 +119,18 @@ class StepRecord(Mapping[str, Sketch]):
     def __len__(self) -> int:
         return len(self._sketches)
 
-    def joined(
-        self,
-        sketches: Mapping[str, Sketch | Later],
-        wall_time: float,
-        skipped: bool,
-        units: Mapping[str, UnitTally] = NO_UNITS,
-    ) -> StepRecord:
-        """This record with more sketches, and other tallies."""
-        return StepRecord(self.step, {**self._sketches, **sketches}, wall_time, skipped, units)
+    def joined(self, later: StepRecord) -> StepRecord:
+        """This record with what a later one of the same step adds to it."""
+        units = later.units.beside(self.units) if isinstance(later.units, _Tallies) else {**self.units, **later.units}
+        sketches, traits = {**self._sketches, **later._sketches}, {**self.traits, **later.traits}
+        return StepRecord(self.step, sketches, later.wall_time, later.skipped, units, traits=traits)
+
+    def without(self, earlier: StepRecord) -> StepRecord:
+        """What this record has more than an earlier one of the same step."""
+        units = self.units.without(earlier.units) if isinstance(self.units, _Tallies) else self.units
+        sketches = {tag: sketch for tag, sketch in self._sketches.items() if tag not in earlier}
+        traits = {tag: found for tag, found in self.traits.items() if tag not in earlier}
+        return StepRecord(self.step, sketches, self.wall_time, self.skipped, units, traits=traits)
 
     def __repr__(self) -> str:
         return f"StepRecord(step={self.step}, {len(self)} sketches)"
@@ -127,6 +150,8 @@ class Buffer:
         """Number of the step that is collected; None between steps."""
         self.skipped = False
         """Whether the optimizer skipped this step."""
+        self.traits: dict[Site, Traits] = {}
+        """What the tensor of each site was when it was last measured."""
         self._wall_time = 0.0
         self._parts: dict[Site, Sketch | Later | list[Sketch | Later]] = {}
         # Most sites have one sketch a step: a list for each would keep the garbage collector busy.
@@ -166,6 +191,12 @@ class Buffer:
         """How many samples the step has of a module's units, as far as that is known without waiting."""
         return sum(tally.samples for tally in self._units.get(name, ()) if isinstance(tally, UnitTally))
 
+    def divide(self, site: Site, scale: float) -> None:
+        """Note that the sketches of a site are those of its values divided by a scale."""
+        traits = self.traits.get(site)
+        if traits is not None:
+            self.traits[site] = traits._replace(scale=scale)
+
     def discard(self, site: Site) -> None:
         """Forget what the step has of this site."""
         self._parts.pop(site, None)
@@ -196,18 +227,18 @@ class Buffer:
         if step is None or not parts:
             return None
         sketches = {_known_tag(site): _merged(found) for site, found in parts.items()}
+        known = self.traits
+        traits = {_known_tag(site): known[site] for site in parts if site in known}
+        record = StepRecord(step, sketches, self._wall_time, self.skipped, units, traits=traits)
         newest = self.history[-1] if self.history else None
         if newest is not None and newest.step == step:
-            self.history.pop()
-            sketches = {tag: sketch for tag, sketch in sketches.items() if tag not in newest}
-            units = units.without(newest.units)
-            kept = newest.joined(sketches, self._wall_time, self.skipped, units.beside(newest.units))
+            record = record.without(newest)
+            self.history[-1] = newest.joined(record)
         else:
-            kept = StepRecord(step, sketches, self._wall_time, self.skipped, units)
             if newest is not None:
-                newest.units = NO_UNITS
-        self.history.append(kept)
-        return StepRecord(step, sketches, self._wall_time, self.skipped, units) if sketches else None
+                newest.units = NO_UNITS  # they are large; whoever judges units has a record of its own
+            self.history.append(StepRecord(step, sketches, self._wall_time, self.skipped, units, traits=traits))
+        return record if len(record) else None
 
 
 _known_tag = functools.lru_cache(maxsize=65_536)(tag_of)

@@ -1,19 +1,23 @@
-"""Reading a run back: the scalars of ours in its event files, tag by tag and step by step."""
+"""Reading a run back: the scalars of ours in its event files, tag by tag or step by step, and its documents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 
 from instrument.errors import RunError
+from instrument.record.documents import data_of
 from instrument.record.events import Damage, scan
+from instrument.record.losses import Losses
 from instrument.record.runs import event_files
 from instrument.record.tags import Tag, parse_tag
 
-__all__ = ["Scalars", "read_scalars"]
+__all__ = ["Scalars", "StepContents", "read_scalars", "read_steps"]
 
 Scalars: TypeAlias = "dict[Tag, dict[int, float]]"
 """Value by step, by tag; steps rise."""
@@ -36,24 +40,94 @@ def read_scalars(logdir: Path, progress: Callable[[int], None] | None = None) ->
     """
     scalars: Scalars = {}
     parsed: dict[str, Tag | None] = {}
+    for event in _events(logdir, progress):
+        for value in event.summary.value:
+            if value.WhichOneof("value") != "simple_value":
+                continue
+            tag = parsed[value.tag] if value.tag in parsed else parsed.setdefault(value.tag, parse_tag(value.tag))
+            if tag is not None and tag.statistic is not None:
+                scalars.setdefault(tag, {})[event.step] = value.simple_value
+    if not scalars:
+        raise RunError(f"{logdir} holds event files, but nothing that a watch wrote")
+    return {tag: dict(sorted(values.items())) for tag, values in scalars.items()}
+
+
+@dataclasses.dataclass
+class StepContents:
+    """What a watch wrote of one step."""
+
+    step: int
+    scalars: dict[Tag, float] = dataclasses.field(default_factory=dict)
+    """In the order in which they were written, which is that of execution."""
+    documents: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    """By tag; what they hold."""
+    loss: float | None = None
+    """The training loss of the step or before it, where one was logged since the step before."""
+
+
+def read_steps(
+    logdir: Path, progress: Callable[[int], None] | None = None, damages: list[str] | None = None
+) -> Iterator[StepContents]:
+    """Read what a watch wrote, one step after another, so that a long run needs no more memory than a short one.
+
+    Args:
+        logdir: Directory of event files.
+        progress: Called with the number of bytes read since the last call.
+        damages: What files are torn or damaged, and where, is added here.
+
+    Yields:
+        The contents of each step; a run that was resumed goes back to an earlier step, and what came after that
+        is void.
+
+    Raises:
+        RunError: The files cannot be read, or hold nothing of ours.
+    """
+    parsed: dict[str, Tag | None] = {}
+    losses = Losses()
+    contents: StepContents | None = None
+    before: int | None = None
+    for event in _events(logdir, progress, damages):
+        for value in event.summary.value:
+            data: bytes | None = None
+            if value.WhichOneof("value") == "simple_value":
+                tag = parsed[value.tag] if value.tag in parsed else parsed.setdefault(value.tag, parse_tag(value.tag))
+                if tag is None:
+                    losses.add(value.tag, event.step, value.simple_value)
+                    continue
+            else:
+                data = data_of(value)
+                if data is None:
+                    continue
+            if contents is None or contents.step != event.step:
+                if contents is not None:
+                    yield _with_loss(contents, losses, before)
+                    before = contents.step
+                contents = StepContents(event.step)
+            if data is not None:
+                contents.documents[value.tag] = data
+            elif tag is not None and tag.statistic is not None:
+                contents.scalars[tag] = value.simple_value
+    if contents is None:
+        raise RunError(f"{logdir} holds event files, but nothing that a watch wrote")
+    yield _with_loss(contents, losses, before)
+
+
+def _with_loss(contents: StepContents, losses: Losses, before: int | None) -> StepContents:
+    contents.loss = losses.at(contents.step, before)
+    return contents
+
+
+def _events(logdir: Path, progress: Callable[[int], None] | None, damages: list[str] | None = None) -> Iterator[Any]:
+    """The events of all files of a run, each file up to where it is whole."""
     try:
         for path in event_files(logdir):
             for data in scan(path):
                 if isinstance(data, Damage):
+                    if damages is not None:
+                        damages.append(f"{path.name} is damaged at byte {data.offset}: {data.reason}; read up to there")
                     break
                 if progress is not None:
                     progress(len(data))
-                event = Event.FromString(data)
-                for value in event.summary.value:
-                    if value.WhichOneof("value") != "simple_value":
-                        continue
-                    tag = (
-                        parsed[value.tag] if value.tag in parsed else parsed.setdefault(value.tag, parse_tag(value.tag))
-                    )
-                    if tag is not None and tag.statistic is not None:
-                        scalars.setdefault(tag, {})[event.step] = value.simple_value
-    except OSError as error:
+                yield Event.FromString(data)
+    except (OSError, DecodeError) as error:
         raise RunError(f"run {logdir} cannot be read: {error}") from error
-    if not scalars:
-        raise RunError(f"{logdir} holds event files, but nothing that a watch wrote")
-    return {tag: dict(sorted(values.items())) for tag, values in scalars.items()}

@@ -7,17 +7,23 @@ training thread, and nothing lost at exit.
 
 from __future__ import annotations
 
+import io
+import time
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 
 from instrument.errors import ConfigError, warn_quietly
 from instrument.record.buffer import StepRecord
 from instrument.record.event_file import EventFile
+from instrument.record.losses import Losses
 from instrument.record.values import histogram_slices, scalar_values
 from instrument.record.wire import ScalarLayout, event, histogram_values
 from instrument.record.worker import Worker
@@ -30,7 +36,12 @@ EXIT_PATIENCE_SECONDS = 60.0
 BYTES_PER_SKETCH = 4096
 """Memory of a sketch that waits to be written, roughly."""
 
+TEXT_PLUGIN = "text"
+
 REQUIRED_METHODS = ("add_scalar", "add_histogram_raw")
+
+Built: TypeAlias = "Iterable[tuple[int, list[Summary.Value]]]"
+"""Step and values of each event that was built in the background."""
 
 
 class _Events:
@@ -47,14 +58,19 @@ class _Events:
         return self._logdir
 
     def add_event(self, event: Any) -> None:
-        self.add_built(event.SerializeToString, event.ByteSize())
+        self.add_built(lambda: (event.SerializeToString(),), event.ByteSize())
 
-    def add_built(self, build: Callable[[], bytes], size: int) -> None:
-        """Write an event that is built in the writer's thread."""
+    def add_built(self, build: Callable[[], Iterable[bytes]], size: int) -> None:
+        """Write events that are built in the writer's thread."""
         if self._is_closed:
             self.reopen()
         file = self._file
-        self._worker.submit(lambda: file.write(build()), size)
+
+        def write() -> None:
+            for data in build():
+                file.write(data)
+
+        self._worker.submit(write, size)
 
     @property
     def seconds(self) -> float:
@@ -116,6 +132,8 @@ class SummaryWriter(TorchSummaryWriter):
         # Readers in Python ignore the first START of a run, so that a later one, on resuming, purges only when
         # the first file has one too.
         purge_step = 0 if purge_step is None else purge_step
+        self.losses = Losses()
+        """The training loss, where the user logs one."""
         super().__init__(log_dir, comment, purge_step, max_queue, flush_secs, filename_suffix)
 
     def _get_file_writer(self) -> _FileWriter:
@@ -136,11 +154,18 @@ class SummaryWriter(TorchSummaryWriter):
         if own.all_writers is not None:
             super().flush()
 
-    def add_built(self, build: Callable[[], bytes], size: int) -> None:
-        """Add an event that is built in the writer's thread.
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None, *args: Any, **more: Any) -> None:
+        """Add a scalar, as in torch; one that is called a loss is looked at for spikes too."""
+        super().add_scalar(tag, scalar_value, global_step, *args, **more)
+        if global_step is not None and self.losses.wants(tag):
+            value = scalar_value.detach() if hasattr(scalar_value, "detach") else scalar_value
+            self.losses.add(tag, int(global_step), float(value))
+
+    def add_built(self, build: Callable[[], Iterable[bytes]], size: int) -> None:
+        """Add events that are built in the writer's thread.
 
         Args:
-            build: Gives the serialised `Event`.
+            build: Gives each serialised `Event`.
             size: Bytes that wait with it, roughly.
         """
         self._get_file_writer().event_writer.add_built(build, size)
@@ -161,8 +186,11 @@ class RecordSink(Protocol):
     def scalar(self, tag: str, number: float, step: int) -> None:
         """Write a scalar; returns at once."""
 
-    def text(self, tag: str, build: Callable[[], str], step: int) -> None:
-        """Write a text that is built in the background; returns at once."""
+    def values(self, build: Callable[[], Built]) -> None:
+        """Write scalars, texts and images that are built in the background; returns at once."""
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Have something done in the background, in order with what is written; returns at once."""
 
     def flush(self) -> None:
         """Return when what was written is with the writer, and on disk if the writer is ours."""
@@ -216,8 +244,8 @@ class OwnSink:
     def write(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
         """Write a record; the event is built in the writer's thread."""
 
-        def build() -> bytes:
-            return event(record.wall_time, record.step, self._values(record, scalars, histograms))
+        def build() -> Iterable[bytes]:
+            return (event(record.wall_time, record.step, self._values(record, scalars, histograms)),)
 
         self._writer.add_built(build, BYTES_PER_SKETCH * len(record))
 
@@ -240,15 +268,24 @@ class OwnSink:
         """Time of the processor that the writer's thread has taken so far."""
         return self._writer.seconds
 
-    def text(self, tag: str, build: Callable[[], str], step: int) -> None:
-        """Write a text."""
-        from torch.utils.tensorboard.summary import text
+    def values(self, build: Callable[[], Built]) -> None:
+        """Write what is built, an event a step."""
 
-        def serialise() -> bytes:
-            data: bytes = Event(step=step, summary=text(tag, build())).SerializeToString()
-            return data
+        def events() -> Iterable[bytes]:
+            for step, values in build():
+                found = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+                yield found.SerializeToString()
 
-        self._writer.add_built(serialise, BYTES_PER_SKETCH)
+        self._writer.add_built(events, BYTES_PER_SKETCH)
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Do a job in the writer's thread."""
+
+        def nothing() -> Iterable[bytes]:
+            job()
+            return ()
+
+        self._writer.add_built(nothing, BYTES_PER_SKETCH)
 
     def flush(self) -> None:
         """Return when everything is in the file."""
@@ -308,10 +345,29 @@ class ForeignSink:
         """Time of the processor that our thread has taken so far."""
         return self._worker.seconds
 
-    def text(self, tag: str, build: Callable[[], str], step: int) -> None:
-        """Write a text, where the writer takes texts."""
-        if callable(getattr(self._writer, "add_text", None)):
-            self._worker.submit(lambda: self._writer.add_text(tag, build(), step), BYTES_PER_SKETCH)
+    def values(self, build: Callable[[], Built]) -> None:
+        """Write what is built, one call a tag; what the writer has no method for is left out."""
+
+        def add() -> None:
+            for step, values in build():
+                for value in values:
+                    self._add(value, step)
+
+        self._worker.submit(add, BYTES_PER_SKETCH)
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Do a job in the thread."""
+        self._worker.submit(job, BYTES_PER_SKETCH)
+
+    def _add(self, value: Any, step: int) -> None:
+        plugin = value.metadata.plugin_data.plugin_name
+        if value.HasField("simple_value"):
+            self._writer.add_scalar(value.tag, value.simple_value, step)
+        elif plugin == TEXT_PLUGIN and callable(getattr(self._writer, "add_text", None)):
+            self._writer.add_text(value.tag, value.tensor.string_val[0].decode(), step)
+        elif value.HasField("image") and callable(getattr(self._writer, "add_image", None)):
+            image = Image.open(io.BytesIO(value.image.encoded_image_string)).convert("RGB")
+            self._writer.add_image(value.tag, np.asarray(image), step, dataformats="HWC")
 
     def flush(self) -> None:
         """Return when the writer was given everything and was flushed itself."""

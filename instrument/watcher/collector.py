@@ -19,7 +19,7 @@ from instrument.errors import UnmeasurableError
 from instrument.measure.batch import Batch, Later, measure_later
 from instrument.measure.sketch import Sketch
 from instrument.measure.units import DeviceTally, UnitTally
-from instrument.record.buffer import Buffer, StepRecord
+from instrument.record.buffer import Buffer, StepRecord, Traits
 from instrument.record.ranks.group import position
 from instrument.torch_private import version_of
 from instrument.watcher.notices import Notices, place_of
@@ -117,6 +117,7 @@ class Collector:
         except Exception as error:
             self._cannot(site, error)
             return None
+        self._note(site, tensor)
         base, bracket, _ = site.name.partition("[")
         if bracket:
             self._outputs.setdefault(Site(site.kind, base), {})[site] = None
@@ -184,8 +185,15 @@ class Collector:
             if site.kind in kinds and not is_broken(site):
                 if site.kind == "gradients":
                     self._add_rows(site.name, tensor)
+                self._note(site, tensor)
                 sites.append(site)
                 yield tensor if self.shards is None else self.shards.own(site, tensor)
+
+    def _note(self, site: Site, tensor: torch.Tensor) -> None:
+        """Note what a tensor is besides its values; of most sites that is the same each step."""
+        traits = self.buffer.traits.get(site)
+        if traits is None or traits[:3] != (tensor.dtype, tensor.ndim, tensor.requires_grad) or traits.scale != 1.0:
+            self.buffer.traits[site] = Traits(tensor.dtype, tensor.ndim, tensor.requires_grad)
 
     def _add_rows(self, parameter: str, gradient: torch.Tensor) -> None:
         """Tally the rows of a gradient, where they are what tells of the units behind it.
@@ -243,6 +251,7 @@ class Collector:
                 continue
             if scale is not None and site.kind == "activation_gradients":
                 try:
+                    self.buffer.divide(site, float(scale))
                     item = (item.sketch() if isinstance(item, Later) else item).divided(float(scale))
                 except Exception as error:
                     self._cannot(site, error)

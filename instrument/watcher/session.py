@@ -315,6 +315,15 @@ class Session:
 
     # The record of a step.
 
+    def ask_for_burst(self, count: int) -> None:
+        """Have so many of the next steps sampled, all of them; from any thread.
+
+        Steps that nobody need be told of end at once, so that the burst begins with the step after the next. Where the
+        training thread is about to say until when it need not be told, it begins at the next sampled step.
+        """
+        self.schedule.ask_for_burst(count)
+        self.clock.quiet_until = self._initial_step
+
     def _close_record(self) -> None:
         step = self.buffer.step
         record = self.collector.close()
@@ -341,6 +350,7 @@ class Session:
 
     def _prepare(self) -> None:
         """Make ready for the next step: hooks where it is sampled, none where it is not."""
+        self.schedule.begin_burst(self.clock.step)
         if self.buffer.step is None:
             self.clock.quiet_until = self.schedule.next_sampled(self.clock.step) - 1
         is_next_sampled = any(self.schedule.is_sampled(step) for step in self.clock.due())

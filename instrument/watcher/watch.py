@@ -1,27 +1,20 @@
-"""`watch()`, `unwatch()`, and the `Watcher` that the one returns and the other closes."""
+"""`watch()` and `unwatch()`: arguments are checked, a watch is opened, and closed again."""
 
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from instrument.capture.names import Site, check_functions, check_selection
+from instrument.capture.names import check_functions, check_selection
 from instrument.capture.patterns import Patterns
-from instrument.config import Config, ConfigSource
-from instrument.diagnose.report import Report
-from instrument.diagnose.units import UnitStatus, UnitWindows
+from instrument.config import ConfigSource
 from instrument.errors import RunError, warn_quietly
-from instrument.record.buffer import StepRecord
-from instrument.record.ranks.group import RankGroup, position
-from instrument.record.ranks.merging import RecordMerger
-from instrument.record.ranks.sink import MergingSink
-from instrument.record.writer import RecordSink, sink_for
+from instrument.record.ranks.group import position
+from instrument.record.writer import sink_for
 from instrument.watcher.arguments import (
     EVERYTHING,
     FIRST,
@@ -35,13 +28,9 @@ from instrument.watcher.arguments import (
     settings,
 )
 from instrument.watcher.opening import form_group, make_writer
-from instrument.watcher.session import Session
+from instrument.watcher.watcher import Watcher, watchers
 
-__all__ = ["Watcher", "unwatch", "watch"]
-
-HEALTH_TAG = "health"
-INTERVAL_TAG = "instrument/interval"
-"""Scalar of the steps between samples that a budget has led to."""
+__all__ = ["unwatch", "watch"]
 
 
 def watch(
@@ -170,206 +159,13 @@ def unwatch(model: nn.Module) -> None:
         >>> instrument.unwatch(torch.nn.Linear(1, 1))
     """
     check_model(model)
-    watcher = _watchers.get(id(model))
+    watcher = watchers.get(id(model))
     if watcher is not None and watcher._watches(model):
         watcher.close()
 
 
-_watchers: dict[int, Watcher] = {}
-"""The open watch of each model by identity; nothing is set on the model itself."""
-
-
 def _close_earlier(model: nn.Module) -> None:
-    earlier = _watchers.get(id(model))
+    earlier = watchers.get(id(model))
     if earlier is not None and earlier._watches(model):
         warn_quietly("this model is watched already; the earlier watch is closed", stacklevel=3)
         earlier.close()
-
-
-class Watcher:
-    """A watch on one model; made by `watch`, alive until closed or until the model is gone.
-
-    Example:
-        >>> import instrument, torch, tempfile
-        >>> with instrument.watch(torch.nn.Linear(2, 1), logdir=tempfile.mkdtemp()) as watcher:
-        ...     watcher.current_step
-        0
-    """
-
-    def __init__(self, config: Config, writer: Any, sink: RecordSink | None = None, off: str = "") -> None:
-        self.config = config
-        """The settings in force."""
-        self.writer = writer if writer is not None else _NullWriter()
-        """The `SummaryWriter` that is written to; log your own loss to it."""
-        self._sink: RecordSink | None = sink
-        self._off = off
-        self._units = UnitWindows(config)
-        self._session: Session | None = None
-        self._finalizer: weakref.finalize[..., nn.Module] | None = None
-        self._is_closed = False
-
-    def _begin(
-        self,
-        model: nn.Module,
-        patterns: Patterns,
-        optimizer: torch.optim.Optimizer | None,
-        initial_step: int,
-        strict: bool,
-        notes: list[str],
-        group: RankGroup | None,
-    ) -> None:
-        """Open the session; leave nothing behind where that fails."""
-        self._key = id(model)
-        self._model = weakref.ref(model)
-        try:
-            session = Session(model, self.config, patterns, self._emit, optimizer, initial_step, strict, self._written)
-            self._session = session
-            if group is not None:
-                merger = RecordMerger(group, session.collector.is_counted)
-                self._sink = MergingSink(self._sink, merger, self.config.history, session.notices.say)
-            for note in notes:
-                self._session.notices.say(note)
-            self._session.open()
-        except BaseException:
-            self.close()
-            raise
-        _watchers[self._key] = self
-        # Runs when the model is collected and when the interpreter exits; keeps the watcher alive until then.
-        self._finalizer = weakref.finalize(model, self.close)
-
-    def _watches(self, model: nn.Module) -> bool:
-        return not self._is_closed and self._model() is model
-
-    @property
-    def logdir(self) -> str | None:
-        """Directory of the event files; None where the writer does not tell, or the watch is off."""
-        directory = getattr(self.writer, "log_dir", None) or getattr(self.writer, "logdir", None)
-        return os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else None
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """What is watched: (kind, name) pairs."""
-        return self._session.collector.sites if self._session is not None else ()
-
-    @property
-    def current_step(self) -> int:
-        """Steps finished so far, counted from `initial_step`."""
-        if self._session is None:
-            return 0
-        self._settle()
-        return self._session.clock.step
-
-    @property
-    def history(self) -> tuple[StepRecord, ...]:
-        """The last step records, oldest first; with `ranks="merge"` those of all ranks together."""
-        self._settle()
-        return self._records()
-
-    def _records(self) -> tuple[StepRecord, ...]:
-        if isinstance(self._sink, MergingSink):
-            return self._sink.records()
-        return tuple(self._session.buffer.history) if self._session is not None else ()
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What could not be observed, and why; each was warned of once."""
-        return tuple(self._session.notices.texts) if self._session is not None else ()
-
-    def step(self, step: int | None = None) -> None:
-        """End a step by hand; nothing is inferred from then on.
-
-        Args:
-            step: Number of the step that ends, where the loop has numbers of its own; without it, the next.
-
-        Raises:
-            ConfigError: `step` is no whole number of at least 0.
-        """
-        number = check_step(step, "step") if step is not None else None
-        if self._session is not None and not self._is_closed:
-            self._session.end_by_hand(number)
-
-    def report(self) -> Report:
-        """The last value of each statistic, and what could not be observed; print it for tables."""
-        return Report.of_records(self.history, self.notices)
-
-    def dead_units(self) -> dict[str, UnitStatus]:
-        """What is known of the units of each module: dead, constant, saturated, rare, always on, and on what evidence.
-
-        Returns:
-            Module name to status, in the order of execution.
-        """
-        self._settle()
-        return self._units.status()
-
-    def flush(self) -> None:
-        """Write what was buffered; it is on disk when this returns."""
-        if self._sink is not None and not self._is_closed:
-            self._settle()
-            self._sink.flush()
-
-    def close(self) -> None:
-        """Log the last step, write everything, and take every hook off; does nothing the second time."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        if self._finalizer is not None:
-            self._finalizer.detach()
-        if _watchers.get(getattr(self, "_key", 0)) is self:
-            del _watchers[self._key]
-        session, sink = self._session, self._sink
-        try:
-            if session is not None:
-                session.close()
-        finally:
-            if sink is not None:
-                if session is not None and not session.is_elsewhere() and (records := self._records()):
-                    sink.text(HEALTH_TAG, Report.of_records(records, session.notices.texts).markdown, records[-1].step)
-                sink.close()
-
-    def _settle(self) -> None:
-        if self._session is not None and not self._is_closed:
-            self._session.settle()
-
-    def _emit(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
-        if scalars:
-            self._units.add(record)
-        if self._sink is not None:
-            self._sink.write(record, scalars, histograms)
-            if self.config.budget and self._session is not None:
-                self._sink.scalar(INTERVAL_TAG, self._session.schedule.scalar_interval, record.step)
-
-    def _written(self) -> float:
-        return self._sink.seconds if self._sink is not None else 0.0
-
-    def __enter__(self) -> Watcher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        if self._off:
-            return f"Watcher(off: {self._off})"
-        state = "closed" if self._is_closed else f"step {self._session.clock.step if self._session else 0}"
-        every = ""
-        if self.config.budget and self._session is not None:
-            schedule = self._session.schedule
-            every = f"every {schedule.scalar_interval} steps, histograms every {schedule.histogram_interval}, "
-        return f"Watcher({state}, {every}{len(self.sites)} sites, logdir={self.logdir!r})"
-
-
-class _NullWriter:
-    """Takes every call of a `SummaryWriter` and does nothing, for watches that are off."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if name in {"log_dir", "logdir"}:
-            return None
-        return _nothing
-
-
-def _nothing(*_: object, **__: object) -> None:
-    """Stands for any method of a writer."""

@@ -18,7 +18,7 @@ from torch import nn
 
 import instrument
 from instrument.config import KINDS
-from instrument.watcher.watch import _watchers
+from instrument.watcher.watcher import watchers
 
 from ..training import hooks_on
 from .harness import data, of_kind, plain_step, train, twins
@@ -47,7 +47,7 @@ def test_copies_are_free_and_never_record(tmp_path: Path) -> None:
     clone(data(1)).mean().backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert watcher.history[-1]["Activations/0"].count == 48
-    assert _watchers.keys() == {id(model)}
+    assert watchers.keys() == {id(model)}
     watcher.close()
     first: Any = clone[0]
     assert all("instrument" not in type(hook).__module__ for hook in first._forward_hooks.values())
@@ -233,7 +233,7 @@ def test_a_model_is_freed_without_the_collector(tmp_path: Path) -> None:
             assert reference() is None
     finally:
         gc.enable()
-    assert not _watchers
+    assert not watchers
 
 
 class Failing(nn.Module):

@@ -66,6 +66,7 @@ def _serve(rank: int, pipe: Any) -> None:
     while (task := pipe.recv()) is not None:
         function, meeting, args = task
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD)
+        dist.barrier()  # a rank that is done at once would close what the other is still connecting to
         try:
             pipe.send((None, function(rank, *args)))
         except BaseException:

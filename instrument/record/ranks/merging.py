@@ -83,7 +83,7 @@ class RecordMerger:
         sketches = self._reduce_sums(record, maxima)
         order = [tag for tag in record if tag in sketches] + [tag for tag in sketches if tag not in record]
         merged = {tag: sketches[tag] for tag in order}
-        return StepRecord(record.step, merged, record.wall_time, record.skipped)
+        return StepRecord(record.step, merged, record.wall_time, record.skipped, traits=record.traits)
 
     def _reduce_maxima(self, record: StepRecord) -> FloatArray | None:
         """Maxima over the ranks, of shape (tags, `_MAXIMA`); None where the ranks have yet to agree on the tags."""

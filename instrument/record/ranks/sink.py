@@ -10,7 +10,7 @@ from instrument.record.buffer import StepRecord
 from instrument.record.ranks.group import PATIENCE_SECONDS
 from instrument.record.ranks.merging import RecordMerger
 from instrument.record.worker import Worker
-from instrument.record.writer import BYTES_PER_SKETCH, RecordSink
+from instrument.record.writer import BYTES_PER_SKETCH, Built, RecordSink
 
 __all__ = ["MergingSink"]
 
@@ -39,6 +39,8 @@ class MergingSink:
     ) -> None:
         self.history: deque[StepRecord] = deque(maxlen=history)
         """The last merged records, oldest first."""
+        self.on_merged: Callable[[StepRecord, bool], None] = lambda record, histograms: None
+        """Given each merged record whose scalars are written, and whether its histograms are."""
         self._inner = inner
         self._merger: RecordMerger | None = merger
         self._tell = tell
@@ -57,11 +59,12 @@ class MergingSink:
         self._keep(record)
         if self._inner is not None:
             self._inner.write(record, scalars, histograms)
+        if scalars:
+            self.on_merged(record, histograms)
 
     def _keep(self, record: StepRecord) -> None:
         if self.history and self.history[-1].step == record.step:  # a second optimizer came late
-            earlier = self.history.pop()
-            record = StepRecord(record.step, {**earlier, **record}, record.wall_time, record.skipped)
+            record = self.history.pop().joined(record)
         self.history.append(record)
 
     def _stop(self, error: Exception) -> None:
@@ -80,11 +83,15 @@ class MergingSink:
         """Time of the processor that the writer's thread has taken so far; that of merging is not in it."""
         return self._inner.seconds if self._inner is not None else 0.0
 
-    def text(self, tag: str, build: Callable[[], str], step: int) -> None:
-        """Write a text after the records before it; returns at once."""
+    def values(self, build: Callable[[], Built]) -> None:
+        """Write what is built after the records before it; returns at once. On ranks that do not write, nothing."""
         inner = self._inner
         if inner is not None:
-            self._worker.submit(lambda: inner.text(tag, build, step), BYTES_PER_SKETCH)
+            self._worker.submit(lambda: inner.values(build), BYTES_PER_SKETCH)
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Have something done after the records before it; returns at once."""
+        self._worker.submit(job, BYTES_PER_SKETCH)
 
     def records(self) -> tuple[StepRecord, ...]:
         """The merged records, oldest first; the last may be missing where other ranks are not that far."""

@@ -1,0 +1,236 @@
+"""The doctor: takes records, reads them, asks every diagnostic, and remembers what was said.
+
+Taking a record costs the training thread an append. The examination is made in the background, or by whoever asks for
+findings first; a lock keeps the two apart. A finished run is examined by the same code, reading by reading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+
+from instrument.capture.names import Site
+from instrument.config import Config
+from instrument.diagnose.diagnostics.registry import DIAGNOSTICS, ONCE, Diagnostic
+from instrument.diagnose.findings import Finding, Level
+from instrument.diagnose.readings import NO_UNITS, ParameterTraits, Reading
+from instrument.diagnose.units import UnitStatus, UnitWindows
+from instrument.errors import warn_quietly
+from instrument.record.buffer import StepRecord
+
+__all__ = ["Doctor", "Examination"]
+
+_Key = tuple[str, Site | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Examination:
+    """What became of one record."""
+
+    reading: Reading
+    told: tuple[Finding, ...]
+    """Findings that are new."""
+    is_flush: bool
+    """Whether units were judged, and histograms are written."""
+
+
+class Doctor:
+    """Finds what is wrong in a training, step by step.
+
+    Args:
+        config: The thresholds.
+        windows: Where units are judged; None for a finished run, whose readings say how units were.
+        loss_of: Gives the training loss of a step, or of one before it that is after another; None where none is known.
+        diagnostics: What is asked.
+        strict: Whether a diagnostic that raises does so for whoever asks for findings.
+
+    Example:
+        >>> from instrument import measure
+        >>> import torch
+        >>> doctor = Doctor(Config(), None)
+        >>> doctor.add(StepRecord(3, {"Activations/fc": measure(torch.tensor([float("nan")]))}, 0.0))
+        >>> [(str(found.level), found.diagnostic, found.site.name, found.step) for found in doctor.findings()]
+        [('CRIT', 'non_finite', 'fc', 3)]
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        windows: UnitWindows | None,
+        *,
+        loss_of: Callable[[int, int | None], float | None] = lambda step, since: None,
+        diagnostics: Iterable[Diagnostic] = DIAGNOSTICS,
+        strict: bool = False,
+    ) -> None:
+        self.readings: deque[Reading] = deque(maxlen=_longest(config))
+        """The last readings, oldest first."""
+        self._config = config
+        self._windows = windows
+        self._loss_of = loss_of
+        self._diagnostics = list(diagnostics)
+        self._strict = strict
+        self._error: Exception | None = None
+        self._lock = threading.RLock()
+        self._waiting: deque[tuple[StepRecord, bool]] = deque()
+        self._done: deque[Examination] = deque()
+        self._told: list[Finding] = []
+        self._seen: dict[_Key, tuple[Level, int]] = {}
+        self._active: dict[_Key, Finding] = {}
+        self._units: dict[str, UnitStatus] = {}
+
+    def add(self, record: StepRecord, is_flush: bool = False) -> None:
+        """Take a record; returns at once.
+
+        Args:
+            record: Of a step later than the last, or what a second optimizer adds to that.
+            is_flush: Whether units are to be judged after it.
+        """
+        self._waiting.append((record, is_flush))
+
+    def catch_up(self) -> list[Examination]:
+        """Examine the records that wait.
+
+        Returns:
+            What became of each record since the last call, whoever had it examined.
+        """
+        with self._lock:
+            self._examine_waiting()
+            done = list(self._done)
+            self._done.clear()
+        return done
+
+    def judge(self) -> None:
+        """Judge units after the newest record, where that was not done; `catch_up` gives what becomes of it."""
+        with self._lock:
+            self._examine_waiting()
+            if self._windows is not None and self.readings:
+                newest = self.readings[-1]
+                units = self._windows.status()
+                reading = Reading(newest.step, {}, units, newest.loss, newest.parameters)
+                self._done.append(Examination(reading, self._examine(reading), is_flush=True))
+
+    def findings(self) -> tuple[Finding, ...]:
+        """Everything found so far, each told once, oldest first.
+
+        Raises:
+            Exception: A diagnostic raised, in strict mode.
+        """
+        with self._lock:
+            self._examine_waiting()
+            self.raise_error()
+            return tuple(self._told)
+
+    def active(self) -> tuple[Finding, ...]:
+        """What the newest reading still suffers from."""
+        with self._lock:
+            return tuple(self._active.values())
+
+    def units(self) -> dict[str, UnitStatus]:
+        """The state of the units of each module, by all records taken so far."""
+        with self._lock:
+            self._examine_waiting()
+            return self._windows.status() if self._windows is not None else dict(self._units)
+
+    def raise_error(self) -> None:
+        """In strict mode raise what a diagnostic raised; once."""
+        error, self._error = self._error, None
+        if error is not None and self._strict:
+            raise error
+
+    def examine(self, reading: Reading) -> tuple[Finding, ...]:
+        """Ask every diagnostic about a reading.
+
+        Args:
+            reading: Of a step later than the last; one of the same step joins that; one of an earlier step, where a
+                run was resumed, makes everything from there on void.
+
+        Returns:
+            Findings that are new.
+        """
+        with self._lock:
+            return self._examine(reading)
+
+    def _examine_waiting(self) -> None:
+        while self._waiting:
+            record, is_flush = self._waiting.popleft()
+            units: Mapping[str, UnitStatus] = NO_UNITS
+            if self._windows is not None:
+                self._windows.add(record)
+                if is_flush:
+                    units = self._windows.status()
+            since = self.readings[-1].step if self.readings else None
+            loss = self._loss_of(record.step, since if since != record.step else None)
+            parameters: Mapping[str, ParameterTraits] = self.readings[-1].parameters if self.readings else {}
+            reading = Reading.of_record(record, units, loss, parameters)
+            self._done.append(Examination(reading, self._examine(reading), is_flush))
+
+    def _examine(self, reading: Reading) -> tuple[Finding, ...]:
+        if reading.units:
+            self._units = dict(reading.units)
+        while self.readings and self.readings[-1].step > reading.step:
+            self.readings.pop()
+            self._told = [finding for finding in self._told if finding.step < reading.step]
+        if self.readings and self.readings[-1].step == reading.step:
+            reading = self.readings.pop().joined(reading)
+        self.readings.append(reading)
+        readings = tuple(self.readings)
+        active: dict[_Key, Finding] = {}
+        told = []
+        for diagnostic in tuple(self._diagnostics):
+            for finding in self._ask(diagnostic, readings):
+                is_once = diagnostic.__name__ in ONCE
+                if self._is_new(finding, is_once):
+                    told.append(finding)
+                elif is_once:  # the first offender is what matters, not who passes it on now
+                    finding = next(
+                        (old for old in self._active.values() if old.diagnostic == finding.diagnostic), finding
+                    )
+                active[finding.diagnostic, finding.site] = finding
+        if not reading.units:  # units are judged on some readings only; in between, what was found of them stands
+            kept = {key: old for key, old in self._active.items() if key[0] in _OF_UNITS}
+            active = {**kept, **active}
+            self._seen.update({key: (self._seen[key][0], reading.step) for key in kept})
+        self._active = active
+        self._told += told
+        return tuple(told)
+
+    def _ask(self, diagnostic: Diagnostic, readings: tuple[Reading, ...]) -> list[Finding]:
+        try:
+            return list(diagnostic(readings, self._config))
+        except Exception as error:
+            self._diagnostics.remove(diagnostic)
+            self._error = error
+            warn_quietly(
+                f"the diagnostic {diagnostic.__name__} raised {type(error).__name__}: {error}; it is switched off, "
+                "training goes on"
+            )
+            return []
+
+    def _is_new(self, finding: Finding, is_once: bool) -> bool:
+        """Whether a finding is to be told: never before, or worse, or back after the cooldown."""
+        key = finding.diagnostic, None if is_once else finding.site
+        level, step = self._seen.get(key, (finding.level, None))
+        self._seen[key] = max(level, finding.level), finding.step
+        if step is None or finding.level > level:
+            return True
+        if finding.step - step > self._config.finding_cooldown:
+            self._seen[key] = finding.level, finding.step
+            return True
+        return False
+
+
+_OF_UNITS = frozenset({"dead_units", "saturated_units"})
+
+
+def _longest(config: Config) -> int:
+    """Readings that are kept: as many as any diagnostic looks back, and as the history has."""
+    return max(
+        config.history,
+        config.spike_window + 1,
+        config.update_ratio_checks,
+        config.depth_checks,
+        config.unused_checks,
+        config.unchanged_checks,
+    )

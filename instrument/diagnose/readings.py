@@ -1,0 +1,238 @@
+"""Readings: one sampled step as plain numbers, made of a live record and of a run's event files alike.
+
+Diagnostics see nothing else, so what they find live they find again in a finished run. A few numbers cannot be worked
+out of the scalars that are written anyway; those are in `DERIVED` and are written beside them:
+
+* ``Gradients.l2/_global``: norm of all gradients that are watched, together;
+* ``Gradients.skipped/_global``: 1 where a gradient scaler had the optimizer skip the step; absent otherwise;
+* ``Updates.log10_ratio/{parameter}``: log10 of the size of the update over that of the parameter after it, of matrices
+  and larger alone (a bias begins at zero, so that its ratio says nothing);
+* ``{Kind}.subnormal_fraction/{name}``, of tensors in float16 or float8 alone: the share of the non-zero values that
+  are below the smallest normal number of the format; ``{Kind}.range_fraction/{name}``, of float16 alone: the largest
+  magnitude over the largest number of the format. bfloat16 has the range of float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+
+from instrument.capture.names import Site
+from instrument.diagnose.units import UnitStatus
+from instrument.measure.histogram import count_below
+from instrument.measure.sketch import Sketch
+from instrument.record.buffer import StepRecord, Traits
+from instrument.record.tags import COUNTS, STATISTICS, Tag, parse_tag
+
+__all__ = [
+    "DERIVED",
+    "GLOBAL",
+    "GLOBAL_L2",
+    "GUIDE",
+    "LOG10_RATIO",
+    "RANGE_FRACTION",
+    "SKIPPED",
+    "SUBNORMAL_FRACTION",
+    "ParameterTraits",
+    "Reading",
+]
+
+GLOBAL = "_global"
+"""Stands where a name stands, for the network as a whole."""
+
+GUIDE = "_guide"
+"""Stands where a name stands, for a line to compare with."""
+
+LOG10_RATIO = "log10_ratio"
+SUBNORMAL_FRACTION = "subnormal_fraction"
+RANGE_FRACTION = "range_fraction"
+GLOBAL_L2 = Tag("gradients", "l2", GLOBAL)
+SKIPPED = Tag("gradients", "skipped", GLOBAL)
+DERIVED = frozenset({"l2", "skipped", LOG10_RATIO, SUBNORMAL_FRACTION, RANGE_FRACTION})
+"""Statistics that are written because a reading needs them."""
+
+_NUMBERS = tuple({**STATISTICS, **COUNTS}.items())
+_EVERY = frozenset(name for name, _ in _NUMBERS) | DERIVED
+_NARROW_MAX = 1e6
+"""Formats that end below this are narrow: float16 and float8."""
+
+
+class ParameterTraits(NamedTuple):
+    """What a parameter is besides its values."""
+
+    ndim: int
+    requires_grad: bool
+
+
+NO_UNITS: Mapping[str, UnitStatus] = MappingProxyType({})
+NO_PARAMETERS: Mapping[str, ParameterTraits] = MappingProxyType({})
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """One sampled step as numbers.
+
+    Example:
+        >>> from instrument import measure
+        >>> record = StepRecord(7, {"Gradients/fc.weight": measure(torch.tensor([3.0, 4.0]))}, 0.0)
+        >>> reading = Reading.of_record(record)
+        >>> reading.step, reading.get("gradients", "abs_max", "fc.weight"), reading.values[GLOBAL_L2]
+        (7, 4.0, 5.0)
+    """
+
+    step: int
+    values: Mapping[Tag, float]
+    """In the order of execution: activations, their gradients, gradients of parameters, updates, parameters."""
+    units: Mapping[str, UnitStatus] = dataclasses.field(default_factory=dict)
+    """Module to the state of its units, where that was judged on this step."""
+    loss: float | None = None
+    """The training loss, where the user logs one."""
+    parameters: Mapping[str, ParameterTraits] = dataclasses.field(default_factory=dict)
+    """Name of each parameter to what it is; of this step or an earlier one."""
+
+    @classmethod
+    def of_record(
+        cls,
+        record: StepRecord,
+        units: Mapping[str, UnitStatus] = NO_UNITS,
+        loss: float | None = None,
+        parameters: Mapping[str, ParameterTraits] = NO_PARAMETERS,
+    ) -> Reading:
+        """Read a step record.
+
+        Args:
+            record: Of a live watch.
+            units: The state of the units after the step, where it was judged.
+            loss: The training loss of the step.
+            parameters: What parameters are that the record says nothing of.
+
+        Returns:
+            The reading.
+        """
+        values: dict[Tag, float] = {}
+        squares, has_gradients = 0.0, False
+        known: dict[str, ParameterTraits] = {}
+        for name, sketch in record.items():
+            tags = _tags_of(name)
+            if sketch.count:
+                for tag, (_, compute) in zip(tags, _NUMBERS, strict=True):
+                    number = compute(sketch)
+                    if number or tag.statistic not in COUNTS:
+                        values[tag] = float(number)
+            else:
+                values[tags[-2]], values[tags[-1]] = float(sketch.nan_count), float(sketch.inf_count)
+            kind, parameter = tags[0].kind, tags[0].name
+            traits = record.traits.get(name)
+            if traits is not None:
+                if kind == "parameters":
+                    known[parameter] = ParameterTraits(traits.ndim, traits.requires_grad)
+                if _is_narrow(traits.dtype):
+                    values.update(_of_narrow(kind, parameter, sketch, traits))
+            if kind == "gradients":
+                has_gradients = True
+                squares += sketch.total_squares
+        if has_gradients:
+            values[GLOBAL_L2] = math.sqrt(squares)
+        if record.skipped:
+            values[SKIPPED] = 1.0
+        values.update(_ratios(values, known))
+        merged = {**parameters, **known}
+        return cls(record.step, values, units, loss, parameters if merged == parameters else merged)
+
+    @classmethod
+    def of_scalars(
+        cls,
+        step: int,
+        scalars: Mapping[Tag, float],
+        units: Mapping[str, UnitStatus] = NO_UNITS,
+        loss: float | None = None,
+        parameters: Mapping[str, ParameterTraits] = NO_PARAMETERS,
+    ) -> Reading:
+        """Read the scalars that were written of a step.
+
+        Args:
+            step: The step.
+            scalars: Tag to value, in the order in which they were written.
+            units: The state of the units after the step, where it was written.
+            loss: The training loss of the step.
+            parameters: What parameters are.
+
+        Returns:
+            The reading.
+        """
+        values = {tag: value for tag, value in scalars.items() if tag.statistic in _EVERY and tag.name != GUIDE}
+        return cls(step, values, units, loss, parameters)
+
+    def joined(self, later: Reading) -> Reading:
+        """This reading with another of the same step, where a second optimizer made its part of it late."""
+        values = {**self.values, **later.values}
+        if GLOBAL_L2 in self.values and GLOBAL_L2 in later.values:
+            values[GLOBAL_L2] = math.hypot(self.values[GLOBAL_L2], later.values[GLOBAL_L2])
+        return dataclasses.replace(later, values=values, units={**self.units, **later.units})
+
+    def get(self, kind: str, statistic: str, name: str) -> float | None:
+        """One number; None where it was not measured. NaN and Inf are counted only where there are any."""
+        return self.values.get(Tag(kind, statistic, name))
+
+    def column(self, kind: str, statistic: str) -> Mapping[str, float]:
+        """One statistic of every site of a kind: name to value, in the order of execution."""
+        return self._columns.get((kind, statistic), {})
+
+    @functools.cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Everything that was measured, in the order of execution."""
+        found = dict.fromkeys(Site(tag.kind, tag.name) for tag in self.values if tag.statistic not in DERIVED)
+        return tuple(found)
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether a gradient scaler had the optimizer skip the step."""
+        return bool(self.values.get(SKIPPED))
+
+    @functools.cached_property
+    def _columns(self) -> dict[tuple[str, str | None], dict[str, float]]:
+        columns: dict[tuple[str, str | None], dict[str, float]] = {}
+        for (kind, statistic, name), value in self.values.items():
+            columns.setdefault((kind, statistic), {})[name] = value
+        return columns
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _tags_of(tag: str) -> tuple[Tag, ...]:
+    """The tags of all statistics of a sketch, in the order of `_NUMBERS`."""
+    parsed = parse_tag(tag)
+    assert parsed is not None
+    return tuple(Tag(parsed.kind, statistic, parsed.name) for statistic, _ in _NUMBERS)
+
+
+@functools.cache
+def _is_narrow(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and torch.finfo(dtype).max < _NARROW_MAX
+
+
+def _of_narrow(kind: str, name: str, sketch: Sketch, traits: Traits) -> dict[Tag, float]:
+    if not sketch.count:
+        return {}
+    info = torch.finfo(traits.dtype)
+    nonzero = sketch.count - sketch.zero_count
+    small = count_below(sketch.finite(), info.tiny / traits.scale) / nonzero if nonzero else 0.0
+    found = {Tag(kind, SUBNORMAL_FRACTION, name): small}
+    if traits.dtype is torch.float16:  # float8 is scaled to fill its range
+        found[Tag(kind, RANGE_FRACTION, name)] = sketch.abs_max * traits.scale / info.max
+    return found
+
+
+def _ratios(values: Mapping[Tag, float], known: Mapping[str, ParameterTraits]) -> dict[Tag, float]:
+    ratios = {}
+    for name, traits in known.items():
+        if traits.ndim >= 2:  # a matrix has two dimensions
+            change, size = (values.get(Tag(kind, "rms", name), 0.0) for kind in ("updates", "parameters"))
+            if change > 0.0 and size > 0.0:
+                ratios[Tag("updates", LOG10_RATIO, name)] = math.log10(change / size)
+    return ratios
