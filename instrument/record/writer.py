@@ -135,6 +135,11 @@ class SummaryWriter(TorchSummaryWriter):
         self.losses = Losses()
         """The training loss, where the user logs one."""
         super().__init__(log_dir, comment, purge_step, max_queue, flush_secs, filename_suffix)
+        own: Any = self  # torch declares its attributes as None
+        if not isinstance(own.file_writer, _FileWriter):  # made by a method of torch's that has another name
+            own.file_writer.close()
+            own.file_writer, own.purge_step = None, purge_step
+            self._get_file_writer()
 
     def _get_file_writer(self) -> _FileWriter:
         """Make the writer of a file where there is none: at first, and after `close`."""

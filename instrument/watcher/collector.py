@@ -137,7 +137,8 @@ class Collector:
             return remembered[2]
         sketch = self._batch.add(tensor)
         if type(tensor) is torch.Tensor and not tensor.is_inference():  # parameters must not be referred to weakly
-            self._last = (weakref.ref(tensor), version_of(tensor), sketch)
+            version = version_of(tensor)
+            self._last = (weakref.ref(tensor), version, sketch) if version is not None else None
         return sketch
 
     def is_counted(self, site: Site) -> bool | None:
