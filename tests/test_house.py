@@ -23,6 +23,7 @@ FLOORS = [
     {"record"},
     {"diagnose", "launch"},
     {"by_hand", "watcher"},
+    {"run"},
     {"integrations", "cli", "__init__"},
     {"__main__"},
 ]

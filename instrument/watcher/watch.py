@@ -33,7 +33,7 @@ from instrument.watcher.arguments import (
 )
 from instrument.watcher.session import Session
 
-__all__ = ["Watcher", "unwatch", "watch"]
+__all__ = ["Watcher", "unwatch", "watch", "watched_models"]
 
 HEALTH_TAG = "health"
 
@@ -155,6 +155,12 @@ def unwatch(model: nn.Module) -> None:
 
 _watchers: dict[int, Watcher] = {}
 """The open watch of each model by identity; nothing is set on the model itself."""
+
+
+def watched_models() -> list[nn.Module]:
+    """The models that have an open watch now."""
+    models = [watcher._model() for watcher in list(_watchers.values())]
+    return [model for model in models if model is not None]
 
 
 def _close_earlier(model: nn.Module) -> None:
