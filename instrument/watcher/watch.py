@@ -263,6 +263,11 @@ class Watcher:
         if self._session is not None and not self._is_closed:
             self._session.end_by_hand(number)
 
+    def _expect_calls_of_parts(self) -> None:
+        """For trainers' callbacks: the step that begins may call the model's modules and never the model."""
+        if self._session is not None and not self._is_closed:
+            self._session.expect_calls_of_parts()
+
     def report(self) -> Report:
         """The last value of each statistic, and what could not be observed; print it for tables."""
         return Report.of_records(self.history, self.notices)
