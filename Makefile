@@ -3,15 +3,22 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+WHAT := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+STAMP := .venv/.ready-$(WHAT)
+TRAINERS := .venv-integrations
+TRAINERS_STAMP := $(TRAINERS)/.ready-$(WHAT)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-integrations lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/char_gpt.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Real trainers want a hundred megabytes that nobody else needs; nothing is downloaded once they are installed.
+test-integrations: $(TRAINERS_STAMP)
+	HF_HUB_OFFLINE=1 $(TRAINERS)/bin/python -m pytest tests/integrations
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -28,5 +35,12 @@ $(STAMP):
 	rm -f .venv/.ready-*
 	touch $@
 
+$(TRAINERS_STAMP):
+	test -x $(TRAINERS)/bin/python || $(PYTHON) -m venv $(TRAINERS)
+	$(TRAINERS)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(TRAINERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,integrations]"
+	rm -f $(TRAINERS)/.ready-*
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv $(TRAINERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -1,4 +1,4 @@
-"""The commands: ``instrument tensorboard``, ``report``, ``dead``, ``compare``, ``check``.
+"""The commands: ``instrument run``, ``tensorboard``, ``report``, ``dead``, ``compare``, ``check``.
 
 Whatever goes wrong with a path, a run or a port is one line on the error stream and exit code 1.
 """
@@ -26,6 +26,7 @@ from instrument.launch import launch_tensorboard
 from instrument.record.events import FileCheck, check_file
 from instrument.record.reading import read_scalars
 from instrument.record.runs import event_files, resolve_run
+from instrument.run import Script
 
 __all__ = ["app", "main"]
 
@@ -44,11 +45,42 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for program
 
 def main() -> None:
     """Run the commands; errors of ours end in one line and exit code 1."""
+    scripts: list[Script] = []
+    show = sys.excepthook
     try:
-        app()
+        app(obj=scripts)
     except InstrumentError as error:
         print(f"instrument: {error}", file=sys.stderr)
         sys.exit(1)
+    except SystemExit:
+        if not scripts:
+            raise
+    # Out here a script's exceptions, its KeyboardInterrupt and its exit code are nobody else's.
+    sys.excepthook = show  # typer has set its own
+    for script in scripts:
+        script.run()
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="SCRIPT", help="The script; with -m the name of a module.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[ARGS]...", help="All that follows is the script's.")
+    ] = None,
+    is_module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as for python -m.")] = False,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Glob over names to watch; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Glob over names to leave out; may be repeated.")
+    ] = None,
+    interval: Annotated[int | None, typer.Option(help="Steps between histograms; 0 watches nothing.")] = None,
+) -> None:
+    """Run an unchanged training script, and watch each model that its optimizers train."""
+    given = {"include": include, "exclude": exclude, "interval": interval}
+    keywords = {name: value for name, value in given.items() if value is not None and value != []}
+    context.obj.append(Script(target, arguments or (), is_module, **keywords))
 
 
 @app.command()

@@ -34,6 +34,8 @@ class Examination:
     """Findings that are new."""
     is_flush: bool
     """Whether units were judged, and histograms are written."""
+    is_last: bool = False
+    """Whether the training is over."""
 
 
 class Doctor:
@@ -109,7 +111,8 @@ class Doctor:
                 newest = self.readings[-1]
                 units = self._windows.status()
                 reading = Reading(newest.step, {}, units, newest.loss, newest.parameters)
-                self._done.append(Examination(reading, self._examine(reading), is_flush=True))
+                told = self._examine(reading)
+                self._done.append(Examination(reading, told, is_flush=True, is_last=True))
 
     def findings(self) -> tuple[Finding, ...]:
         """Everything found so far, each told once, oldest first.

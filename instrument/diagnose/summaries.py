@@ -11,8 +11,10 @@ from torch.utils.tensorboard.summary import text
 
 from instrument.capture.names import Site
 from instrument.config import Config
+from instrument.diagnose.album import Album
 from instrument.diagnose.doctor import Doctor, Examination
 from instrument.diagnose.health import health_rows
+from instrument.diagnose.layout import layout_value
 from instrument.diagnose.readings import DERIVED, GUIDE, LOG10_RATIO, ParameterTraits, Reading
 from instrument.diagnose.report import health_markdown
 from instrument.diagnose.units import UnitStatus, encode
@@ -47,6 +49,8 @@ class Summaries:
         self._events: list[str] = []
         self._told_of: dict[str, tuple[Any, ...]] = {}
         self._about: tuple[tuple[str, ...], Mapping[str, ParameterTraits]] | None = None
+        self._album = Album()
+        self._has_layout = False
 
     def of(self, examination: Examination) -> list[Summary.Value]:
         """The values of one examination, for an event of its step.
@@ -59,6 +63,9 @@ class Summaries:
         """
         reading = examination.reading
         values = _derived(reading)
+        if not self._has_layout:
+            self._has_layout = True
+            values.append(layout_value())
         lines = [f"**{found.level}** {_escaped(str(found).partition(' ')[2])}" for found in examination.told]
         lines += self._births_and_deaths(reading)
         if lines:
@@ -72,6 +79,7 @@ class Summaries:
             values += _of_units(reading.units)
             rows = health_rows(tuple(self._doctor.readings), reading.units, self._doctor.active())
             values.append(_text(HEALTH_TAG, health_markdown(rows, self._doctor.active(), about[0])))
+            values += self._album.pictures(reading, is_last=examination.is_last)
         return values
 
     def _watch(self, notices: Sequence[str], parameters: Mapping[str, ParameterTraits]) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from instrument.errors import RunError
 
-__all__ = ["EVENT_FILE_PART", "event_files", "find_runs", "make_run_directory", "resolve_run"]
+__all__ = ["EVENT_FILE_PART", "LOGS", "event_files", "find_runs", "make_run_directory", "resolve_run"]
 
 LOGS = Path("logs") / "tensorboard"
+"""Where the event files of a run lie inside its directory."""
+
 EVENT_FILE_PART = "tfevents"
 """What the name of a file must contain for TensorBoard to read it."""
 

@@ -206,6 +206,13 @@ class Session:
         """The parameters that an optimizer is about; a foreign one holds copies of all."""
         return self.collector.parameters.of(None if self.clock.has_adopted else optimizer)
 
+    def expect_calls_of_parts(self) -> None:
+        """The step that begins may call the model's modules and never the model: attach without waiting for it."""
+        if self.is_elsewhere() or self._graph_taps is not None or self.taps.root_called:
+            return
+        if any(self.schedule.is_sampled(step) for step in self.clock.due()):
+            self.taps.attach()
+
     # Steps that end otherwise.
 
     def end_by_hand(self, step: int | None) -> None:

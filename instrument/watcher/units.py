@@ -92,7 +92,7 @@ class UnitJudge:
         self._judged: set[str] = set()
         self._seen: set[str] = set()
         self._layer: tuple[str, int] | None = None
-        self._known: tuple[weakref.ref[torch.Tensor], int, int, Extent] | None = None
+        self._known: tuple[weakref.ref[torch.Tensor], int | None, int, Extent] | None = None
 
     def select(self, modules: Iterable[ModuleEntry], last_layer: str | None) -> None:
         """Look at the selected modules as they are now.

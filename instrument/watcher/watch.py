@@ -30,7 +30,7 @@ from instrument.watcher.arguments import (
 from instrument.watcher.opening import form_group, make_writer
 from instrument.watcher.watcher import Watcher, watchers
 
-__all__ = ["unwatch", "watch"]
+__all__ = ["unwatch", "watch", "watched_models"]
 
 
 def watch(
@@ -162,6 +162,12 @@ def unwatch(model: nn.Module) -> None:
     watcher = watchers.get(id(model))
     if watcher is not None and watcher._watches(model):
         watcher.close()
+
+
+def watched_models() -> list[nn.Module]:
+    """The models that have an open watch now."""
+    models = [watcher._model() for watcher in list(watchers.values())]
+    return [model for model in models if model is not None]
 
 
 def _close_earlier(model: nn.Module) -> None:

@@ -159,6 +159,11 @@ class Watcher:
         if self._session is not None and not self._is_closed:
             self._session.end_by_hand(number)
 
+    def _expect_calls_of_parts(self) -> None:
+        """For trainers' callbacks: the step that begins may call the model's modules and never the model."""
+        if self._session is not None and not self._is_closed:
+            self._session.expect_calls_of_parts()
+
     def findings(self) -> tuple[Finding, ...]:
         """What was found wrong so far, oldest first: level, site, step, value, threshold and a sentence.
 

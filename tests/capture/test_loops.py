@@ -133,6 +133,29 @@ def test_gan_together(watch: Watch) -> None:
     assert all({"Activations/G", "Activations/D"} <= set(record) for record in list(watcher.history)[1:])
 
 
+def test_a_root_that_is_called_to_evaluate_alone(watch: Watch) -> None:
+    """A model whose parts are called to train, and itself only to evaluate, is followed on every later step."""
+
+    class Parts(nn.Sequential):
+        pass
+
+    model = Parts(nn.Linear(2, 3), nn.Linear(3, 1))
+    optimizer = sgd(model)
+    watcher = watch(model)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model[1](model[0](torch.randn(5, 2))).sum().backward()
+        optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            model(torch.randn(9, 2))
+        model.train()
+    counts = [
+        {tag: s.count for tag, s in record.items() if tag.startswith("Activations/")} for record in watcher.history
+    ]
+    assert counts[1:] == [{"Activations/0": 15, "Activations/1": 5}] * 3
+
+
 def test_gan_alone(watch: Watch) -> None:
     """Each network watched by itself counts its own optimizer's steps, also when it is called through a GAN."""
     gan = Gan()

@@ -99,7 +99,7 @@ class Taps:
         self.called: set[str] = set()
         """Names of the selected modules that were called while the taps were attached."""
         self.root_called = False
-        """Whether the root was called while it had a hook."""
+        """Whether the root was called to train while it had a hook."""
         self.backwards = 0
         """Passes since the last step through whose output gradients flowed back."""
         self.in_backward_of: ForwardPass | None = None
@@ -231,11 +231,11 @@ class Taps:
             return
         thread = threading.get_ident()
         self._open.pop(thread, None)  # the last forward of this thread ended in an exception
-        self.root_called = True
         training = module.training and torch.is_grad_enabled()
+        self.root_called |= training
         if self._listener.forward_starts(training) and training:
             self.attach()
-        elif not self._open:
+        elif not self._open and self.root_called:  # else the parts wait to be called, and evaluation must not end that
             self.detach()
         if training:
             # In backward without a pass that it belongs to: the root itself is under reentrant checkpointing, and

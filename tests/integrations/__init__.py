@@ -1,0 +1,1 @@
+"""Real trainers, which install with an extra of their own."""
