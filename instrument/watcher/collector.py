@@ -128,6 +128,7 @@ class Collector:
     def close(self) -> StepRecord | None:
         """End the record, with the parameters that no optimizer has moved; None where there is nothing new."""
         self.add_missing(self.parameters.values(self.parameters.of()))
+        self._batch.cut()
         return self.buffer.close()
 
     def add(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
