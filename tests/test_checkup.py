@@ -120,10 +120,13 @@ def test_a_report_without_a_step_says_so(tmp_path: Path) -> None:
 def test_the_command_prints_findings_for_people_and_programs(dead: dict[str, UnitStatus], tmp_path: Path) -> None:
     """`instrument report` prints what was found, what came before an accident, and all of it as JSON."""
     model = mlp()
-    with pytest.warns(instrument.InstrumentWarning, match="CRIT"), pytest.raises(KeyError):
-        with instrument.watch(model, interval=1, logdir=tmp_path):
-            train(model, sgd(model), 6)
-            raise KeyError("end")
+    with (
+        pytest.warns(instrument.InstrumentWarning, match="CRIT"),
+        pytest.raises(KeyError),
+        instrument.watch(model, interval=1, logdir=tmp_path),
+    ):
+        train(model, sgd(model), 6)
+        raise KeyError("end")
     result = command("report", str(tmp_path), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "CRIT dead_units" in result.stdout

@@ -310,7 +310,7 @@ def check_functions(model: nn.Module, patterns: Iterable[str]) -> None:
     for text in patterns:
         pattern = Pattern(text)
         if not any(pattern.matches(name) for name in names):
-            raise SelectionError(f"functions={text!r} matches no module{_nearest(pattern.body, names)}")
+            raise SelectionError(f"functions={text!r} matches no module{nearest_names(pattern.body, names)}")
 
 
 def _empty_message(entries: list[ModuleEntry], patterns: Patterns, kinds: tuple[str, ...]) -> str:

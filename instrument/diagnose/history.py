@@ -89,9 +89,10 @@ class UnitHistory:
         for name, status in statuses.items():
             before = self._since.get(name, {})
             self.latest[name] = status
-            self._since[name] = {
-                unit: min(before.get(unit, status.first_step), status.last_step) for unit in status.dead
-            }
+            first, last = status.first_step, status.last_step
+            if first is None or last is None:  # nothing was seen, so nothing is called dead
+                continue
+            self._since[name] = {unit: min(before.get(unit, first), last) for unit in status.dead}
             if status.rate:
                 columns = self._columns.get(name)
                 if columns is None or columns.units != len(status.rate):

@@ -220,6 +220,10 @@ class Batch:
             later = group.add(copy)
         return later
 
+    def cut(self) -> None:
+        """Measure what comes apart from what came, so that whoever measures that holds up nobody who adds."""
+        self._groups = {}
+
 
 def _is_small(tensor: torch.Tensor) -> bool:
     """Whether a tensor is measured together with others: small, plain and dense, on the CPU."""

@@ -168,6 +168,7 @@ class Collector:
         self.add_missing(self.parameters.values(self.parameters.of()))
         for name, tally in self.units.silent(self.buffer.units()):
             self.buffer.add_units(name, tally)
+        self._batch.cut()
         return self.buffer.close()
 
     def add(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:

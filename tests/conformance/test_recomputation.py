@@ -246,7 +246,7 @@ def test_double_backward_keeps_no_graph(tmp_path: Path) -> None:
     for step in range(150):
         penalty(model, optimizer, step)
         if step % 50 == 49:
-            watcher.flush()
+            watcher.flush()  # until then copies of small tensors wait for the writer's thread
             gc.collect()
             counts.append(sum(type(thing) in (torch.Tensor, nn.Parameter) for thing in gc.get_objects()))
     assert counts[0] == counts[1] == counts[2]

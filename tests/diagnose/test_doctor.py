@@ -29,8 +29,8 @@ def level_of(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
 
 def raises(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
     """A diagnostic with a fault."""
+    yield from level_of(readings, config)
     raise ZeroDivisionError("a fault")
-    yield
 
 
 def seen(doctor: Doctor, levels: Sequence[tuple[int, float]]) -> list[tuple[int, str]]:

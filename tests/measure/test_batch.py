@@ -141,6 +141,18 @@ def test_a_batch_gives_every_tensor_its_own_sketch_across_groups() -> None:
     assert means == [float(index) for index in reversed(range(count))]
 
 
+def test_a_cut_parts_what_came_from_what_comes() -> None:
+    """After a cut, measuring what came before leaves what is added afterwards to wait."""
+    batch = Batch()
+    before = batch.add(torch.ones(2))
+    batch.cut()
+    after = batch.add(torch.zeros(2))
+    assert isinstance(before, Later)
+    assert isinstance(after, Later)
+    assert before._group is not after._group
+    assert (before.sketch().mean, after.sketch().mean) == (1.0, 0.0)
+
+
 def test_a_batch_takes_tensors_from_several_threads() -> None:
     """Threads that add at the same time, while another measures, each get the sketches of their own tensors."""
     batch = Batch()
