@@ -1,4 +1,4 @@
-"""The commands: ``instrument tensorboard``, ``instrument report``, ``instrument check``.
+"""The commands: ``instrument tensorboard``, ``report``, ``compare``, ``check``.
 
 Whatever goes wrong with a path, a run or a port is one line on the error stream and exit code 1.
 """
@@ -17,10 +17,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
+from instrument.diagnose.compare import compare as compare_scalars
 from instrument.diagnose.report import Report
 from instrument.errors import InstrumentError
 from instrument.launch import launch_tensorboard
 from instrument.record.events import FileCheck, check_file
+from instrument.record.reading import read_scalars
 from instrument.record.runs import event_files, resolve_run
 
 __all__ = ["app", "main"]
@@ -95,6 +97,25 @@ def report(
         print(json.dumps(result.as_dict(), indent=2))
     else:
         result.print_to(Console(), full=full)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A run.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The run to compare it with.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Tell where two runs part: the layers and the steps from which on their statistics differ."""
+    logdirs = [resolve_run(run) for run in (first, second)]
+    with _LateProgress(
+        "reading", sum(path.stat().st_size for each in logdirs for path in event_files(each))
+    ) as progress:
+        result = compare_scalars(*(read_scalars(logdir, progress.advance) for logdir in logdirs))
+    if as_json:
+        print(json.dumps({"first": str(first), "second": str(second), **result.as_dict()}, indent=2))
+    else:
+        print(f"A: {first}\nB: {second}")
+        result.print_to(Console())
 
 
 @app.command()

@@ -82,6 +82,50 @@ def test_check_tells_whole_files_from_torn_ones(run: Path) -> None:
     assert found["damage"]["offset"] > 0
 
 
+def test_compare_tells_where_two_runs_part(run: Path, tmp_path: Path) -> None:
+    """`instrument compare A B` says in a sentence and a table where a run parts from one that learns faster."""
+    model = mlp()
+    faster = tmp_path / "faster"
+    with instrument.watch(model, interval=2, scalar_interval=1, logdir=faster, strict=True):
+        train(model, torch.optim.SGD(model.parameters(), lr=5.0), 5)
+    result = command("compare", str(run), str(faster), cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    first, second, sentence, *table = [line for line in result.stdout.splitlines() if line.strip()]
+    assert (first, second) == (f"A: {run}", f"B: {faster}")
+    assert sentence.startswith("The runs part at step ")
+    assert {line.split()[0] for line in table} >= {"0", "3"}
+    found = json.loads(command("compare", str(run), str(faster), "--json", cwd=tmp_path).stdout)
+    assert (found["first"], found["second"], found["alike"], found["steps"]) == (str(run), str(faster), True, [0, 4])
+    assert found["sentence"] == sentence
+    assert {"0.weight", "3.weight"} <= {parting["name"] for parting in found["partings"]}
+    assert "do not part" in command("compare", str(run), str(run), cwd=tmp_path).stdout
+
+
+def test_compare_on_nothing_in_common_is_one_line(run: Path, tmp_path: Path) -> None:
+    """Runs that share no name or no step, and paths that are none, are told in one line with exit code 1."""
+    table = torch.nn.Embedding(3, 3)
+    with instrument.watch(table, interval=2, logdir=tmp_path / "other", strict=True):
+        optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
+        table(torch.tensor([0, 1])).sum().backward()
+        optimizer.step()
+    result = command("compare", "other", str(run), cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(
+        "instrument: the runs have no statistic in common: the first has activations of Embedding and 2 more"
+    )
+    assert result.stderr.count("\n") == 1
+    result = command("compare", str(run), "nowhere", cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "instrument: there is no run nowhere\n")
+    model = mlp()
+    with instrument.watch(model, interval=2, logdir=tmp_path / "later", initial_step=100, strict=True):
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 3)
+    result = command("compare", str(run), "later", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        "instrument: the runs have no step in common: the first has steps 0 to 4, the second 100 to 102\n"
+    )
+
+
 @pytest.mark.parametrize("name", ["report", "check"])
 def test_wrong_paths_are_one_line_and_exit_code_1(name: str, tmp_path: Path) -> None:
     """A wrong path and an empty directory are told in one line, with exit code 1."""
@@ -191,5 +235,5 @@ def test_launch_from_python_stops_with_its_block(run: Path) -> None:
 def test_the_commands_help_themselves(tmp_path: Path) -> None:
     """`--help` names every command; an unknown one is told with exit code 2."""
     result = command("--help", cwd=tmp_path)
-    assert all(name in result.stdout for name in ("tensorboard", "report", "check"))
+    assert all(name in result.stdout for name in ("tensorboard", "report", "compare", "check"))
     assert command("reprot", "x", cwd=tmp_path).returncode == 2
