@@ -1,4 +1,4 @@
-"""The commands: ``instrument tensorboard``, ``report``, ``compare``, ``check``.
+"""The commands: ``instrument tensorboard``, ``report``, ``dead``, ``compare``, ``check``.
 
 Whatever goes wrong with a path, a run or a port is one line on the error stream and exit code 1.
 """
@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
 from instrument.diagnose.compare import compare as compare_scalars
+from instrument.diagnose.dead import DeadUnits
+from instrument.diagnose.history import UnitHistory
 from instrument.diagnose.report import Report
 from instrument.errors import InstrumentError
 from instrument.launch import launch_tensorboard
@@ -97,6 +99,28 @@ def report(
         print(json.dumps(result.as_dict(), indent=2))
     else:
         result.print_to(Console(), full=full)
+
+
+@app.command()
+def dead(
+    run: RunArgument,
+    layer: Annotated[str, typer.Option(metavar="GLOB", help="Only layers whose names match.")] = "**",
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the unit maps of these layers there.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the dead units of a run by layer: which, since when, and how sure that is."""
+    logdir = resolve_run(run)
+    with _LateProgress("reading", sum(path.stat().st_size for path in event_files(logdir))) as progress:
+        history = UnitHistory.of_run(logdir, progress.advance)
+    result = DeadUnits.of_history(history, layer, str(run))
+    if png is not None:
+        result.save_png(png)
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2))
+    else:
+        result.print_to(Console())
+        if png is not None:
+            print(f"unit maps: {png}")
 
 
 @app.command()

@@ -22,6 +22,7 @@ __all__ = [
     "check_selection",
     "named_modules",
     "named_parameters",
+    "nearest_names",
     "select",
 ]
 
@@ -229,12 +230,12 @@ def check_selection(model: nn.Module, patterns: Patterns, kinds: tuple[str, ...]
     names = [entry.name for entry in entries] + [place.name for place, _ in named_parameters(entries)]
     for pattern in patterns.include:
         if not any(pattern.may_match_output_of(name) for name in names):
-            raise SelectionError(f"include={pattern.text!r} matches no name{_nearest(pattern.body, names)}")
+            raise SelectionError(f"include={pattern.text!r} matches no name{nearest_names(pattern.body, names)}")
     selection = select(model, patterns, kinds)
     if not selection.modules and not selection.parameters:
         raise SelectionError(_empty_message(entries, patterns, kinds))
     notes = [
-        f"exclude={pattern.text!r} matches no name and does nothing{_nearest(pattern.body, names)}"
+        f"exclude={pattern.text!r} matches no name and does nothing{nearest_names(pattern.body, names)}"
         for pattern in patterns.exclude
         if not any(pattern.may_match_output_of(name) for name in names)
     ]
@@ -255,8 +256,20 @@ def _empty_message(entries: list[ModuleEntry], patterns: Patterns, kinds: tuple[
     return f"nothing is left to watch: include={include}, exclude={exclude}, kinds={', '.join(kinds)}{reason}"
 
 
-def _nearest(wanted: str, names: list[str]) -> str:
-    """The nearest names of the model, as the end of a sentence."""
+def nearest_names(wanted: str, names: list[str]) -> str:
+    """The names nearest to one that is none, as the end of a sentence.
+
+    Args:
+        wanted: What was given.
+        names: What there is.
+
+    Returns:
+        Names that look alike or hold it; a few of all where none does.
+
+    Example:
+        >>> nearest_names("blcks.0", ["blocks.0", "head"])
+        "; nearest: 'blocks.0'"
+    """
     unique = list(dict.fromkeys(names))
     near = difflib.get_close_matches(wanted, unique, n=_NEAREST, cutoff=0.5)
     if not near:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-__all__ = ["MAX_COLUMNS", "MAX_ROWS", "PALETTE", "UNIT_BOX", "as_value", "depth_profile", "unit_map"]
+__all__ = ["MAX_COLUMNS", "MAX_ROWS", "PALETTE", "UNIT_BOX", "as_value", "depth_profile", "sheet", "unit_map"]
 
 FloatArray: TypeAlias = "npt.NDArray[np.float64]"
 Color: TypeAlias = "tuple[int, int, int]"
@@ -176,6 +176,27 @@ def depth_profile(title: str, names: Sequence[str], then: npt.ArrayLike, now: np
     _write(draw, (start + 40, 60), f"now, step {steps[1]}", NOW)
     _write(draw, (WIDTH // 2, HEIGHT - 30), f"{len(names)} layers, first to last", SOFT_TEXT, "mm")
     return image
+
+
+def sheet(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side and below each other, about as many columns as rows.
+
+    Args:
+        images: One at least.
+
+    Returns:
+        The picture.
+
+    Example:
+        >>> sheet([Image.new("RGB", (4, 2))] * 3).size
+        (8, 4)
+    """
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    together = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), BACKGROUND)
+    for index, image in enumerate(images):
+        together.paste(image, (index % columns * width, index // columns * height))
+    return together
 
 
 def as_value(tag: str, image: Image.Image) -> Summary.Value:

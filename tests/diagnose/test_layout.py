@@ -6,20 +6,18 @@ import re
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
 from instrument.capture.names import Site
 from instrument.diagnose.layout import GUIDE, health_layout, layout_value
 from instrument.record.tags import tag_of
-from instrument.record.writer import SummaryWriter
+
+from .statuses import write_values
 
 
 def test_tensorboard_finds_the_layout_in_a_run(tmp_path: Path) -> None:
     """What is written is what the plugin of CUSTOM SCALARS looks up, and reads as the same layout."""
-    with SummaryWriter(tmp_path) as writer:
-        writer.add_built(lambda: Event(step=0, summary=Summary(value=[layout_value()])), 0)
+    write_values(tmp_path, {0: [layout_value()]})
     accumulator = EventAccumulator(str(tmp_path))
     accumulator.Reload()
     assert list(accumulator.PluginTagToContent(metadata.PLUGIN_NAME)) == [metadata.CONFIG_SUMMARY_TAG]
