@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from .training import read_back
 
@@ -48,6 +52,61 @@ def test_by_hand_is_the_loop_of_the_original_document(tmp_path: Path) -> None:
     (logdir,) = tmp_path.glob("runs/*/logs/tensorboard")
     assert f"run: {logdir.relative_to(tmp_path)}" in out
     assert read_back(logdir)[0]["Activations/layer1_output"] == [0, 100, 200]
+
+
+def test_dead_relu_names_the_dead_units_and_compares(tmp_path: Path) -> None:
+    """The hot run has more than a tenth of its units dead, the cool one less, and the comparison says where they part."""
+    out = run("dead_relu", cwd=tmp_path)
+    hot, cool, comparison = re.split("^--- .*$", out, flags=re.MULTILINE)[1:]
+    shares = [
+        sum(int(count) for count in re.findall(r"^[13]: (\d+) of 128 units dead", text, re.MULTILINE)) / 256
+        for text in (hot, cool)
+    ]
+    assert shares[0] > 0.3
+    assert shares[1] < 0.1
+    assert "dead_units" in hot
+    assert "dead_units" not in cool
+    assert "The runs part at step 0" in comparison
+
+
+def test_find_the_nan_names_the_layer_it_began_in(tmp_path: Path) -> None:
+    """The first offender is the division, and the steps before it are shown."""
+    out = run("find_the_nan", cwd=tmp_path)
+    step = re.search(r"^the loss is nan at step (\d+)$", out, re.MULTILINE)
+    assert step is not None
+    assert f"It began in the activations of standardize at step {step[1]}. The steps before:" in out
+    assert len(re.findall(r"^  step \d+: \d+ % zeros in act, 0 NaN", out, re.MULTILINE)) >= 3
+
+
+def test_vanishing_finds_the_sigmoids_and_nothing_in_their_twins(tmp_path: Path) -> None:
+    """The deep network of sigmoids is told that its gradient vanishes and does not learn; its twins are well and do."""
+    out = run("vanishing", cwd=tmp_path)
+    sigmoid, relu, residual = re.split("^--- ", out.split("rms of the gradients")[0], flags=re.MULTILINE)[1:]
+    losses = [float(text.split("loss ")[1].split()[0]) for text in (sigmoid, relu, residual)]
+    assert losses[0] > 0.6
+    assert max(losses[1:]) < 0.1
+    assert "the gradient vanishes on its way back" in sigmoid
+    assert all(level not in text for level in ("CRIT", "WARN") for text in (relu, residual))
+    rows = [line.split() for line in out.splitlines() if re.match(r" +\d+( +\S+){3}$", line)]
+    assert len(rows) == 14
+    assert float(rows[0][1]) < 1e-6 * float(rows[-1][1])
+    assert float(rows[0][3]) > 1e-3 * float(rows[-1][3])
+
+
+@pytest.mark.parametrize("name", ["dead_relu", "find_the_nan", "vanishing"])
+def test_examples_of_illnesses_are_short(name: str) -> None:
+    """Each can be read on one screen or two: fewer than 80 lines."""
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
+
+
+def test_dead_relu_says_what_it_needs(tmp_path: Path) -> None:
+    """Without scikit-learn the example ends with one line that says what to install."""
+    (tmp_path / "sklearn.py").write_text("raise ImportError")
+    command = [sys.executable, str(EXAMPLES / "dead_relu.py")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "this example learns scikit-learn's digits: pip install scikit-learn\n"
 
 
 def test_the_ten_lines_of_the_readme_print_what_it_shows(tmp_path: Path) -> None:
