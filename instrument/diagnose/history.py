@@ -72,7 +72,7 @@ class UnitHistory:
             if UNITS_TAG in contents.documents:
                 try:
                     statuses = decode(contents.documents[UNITS_TAG])
-                except (TypeError, KeyError, AttributeError) as error:
+                except (RunError, TypeError, AttributeError) as error:
                     raise RunError(
                         f"the units of step {contents.step} in {logdir} were written by another version: {error}"
                     ) from error
