@@ -77,12 +77,12 @@ def test_equal_runs_do_not_part() -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.02, 0.1, 0.3]), st.sampled_from([0.01, 0.3]))
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.02, 0.1, 0.3]), st.sampled_from([0.01, 0.1]))
 def test_other_noise_and_other_beginnings_are_no_parting(seed: int, noise: float, offset: float) -> None:
     """Runs of one recipe with other seeds, of any noise, do not part: of twenty statistics one at most is an error."""
     found = compare(synthetic(seed, noise, offset), synthetic(seed + 1, noise, offset))
     assert not found.alike
-    assert len([each for each in found.partings if each.step > 0]) <= 1
+    assert len(found.partings) <= 1
 
 
 def test_a_head_start_is_no_parting() -> None:
