@@ -89,9 +89,8 @@ class UnitHistory:
         for name, status in statuses.items():
             before = self._since.get(name, {})
             self.latest[name] = status
-            self._since[name] = {
-                unit: min(before.get(unit, status.first_step), status.last_step) for unit in status.dead
-            }
+            start = status.first_step if status.first_step is not None else step
+            self._since[name] = {unit: min(before.get(unit, start), step) for unit in status.dead}
             if status.rate:
                 columns = self._columns.get(name)
                 if columns is None or columns.units != len(status.rate):
