@@ -38,7 +38,7 @@ def train(lr: float, steps: int, images: torch.Tensor, digits: torch.Tensor) -> 
     print(f"--- learning rate {lr}: loss {loss.item():.3f} after {steps} steps\n\n{watcher.report()}\n")
     for name, units in watcher.dead_units().items():
         if units.dead:
-            share = f"{len(units.dead)} of {units.units} units are dead"
+            share = f"{len(units.dead)} of {units.units} units dead"
             print(
                 f"{name}: {share} (at most {100 * units.rate_bound:.2f} % of samples reach one): {units.dead[:8]} ..."
             )

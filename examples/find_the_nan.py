@@ -55,10 +55,8 @@ def main(
         print(f"\nIt began in the {first.site.kind} of {first.site.name} at step {first.step}. The steps before:")
         for record in list(watcher.history)[-6:]:
             act, gradient = record["Activations/act"], record.get("Gradients/embed.weight")
-            size = f"{gradient.abs_max:.3g}, NaN {gradient.nan_count}" if gradient is not None else "none"
-            print(
-                f"  step {record.step}: {100 * act.zero_fraction:.0f} % zeros in act, largest gradient of embed {size}"
-            )
+            zeros, count = 100 * act.zero_fraction, gradient.nan_count if gradient is not None else 0
+            print(f"  step {record.step}: {zeros:.0f} % zeros in act, {count} NaN in the gradient of embed.weight")
     print(f"\nlater:  instrument report {watcher.logdir}")
 
 

@@ -55,7 +55,7 @@ def test_by_hand_is_the_loop_of_the_original_document(tmp_path: Path) -> None:
 
 
 def test_dead_relu_names_the_dead_units_and_compares(tmp_path: Path) -> None:
-    """The hot run has over a tenth of its units dead, the cool one less, and the comparison says where they part."""
+    """The hot run has more than a tenth of its units dead, the cool one less; the comparison says where they part."""
     out = run("dead_relu", cwd=tmp_path)
     hot, cool, comparison = re.split("^--- .*$", out, flags=re.MULTILINE)[1:]
     shares = [

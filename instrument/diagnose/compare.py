@@ -320,7 +320,7 @@ def _layers(scalars: Scalars, partings: Iterable[Parting]) -> tuple[str, ...]:
 
 
 def _names(scalars: Scalars) -> str:
-    names = list(dict.fromkeys(f"{tag.kind} of {tag.name}" for tag in scalars))
+    names = list(dict.fromkeys(f"{tag.kind} of {tag.name}" for tag in scalars if tag.statistic in STATISTICS))
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more}" if names else "none"
 

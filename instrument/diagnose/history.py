@@ -72,7 +72,7 @@ class UnitHistory:
             if UNITS_TAG in contents.documents:
                 try:
                     statuses = decode(contents.documents[UNITS_TAG])
-                except (TypeError, KeyError, AttributeError) as error:
+                except (RunError, TypeError, AttributeError) as error:
                     raise RunError(
                         f"the units of step {contents.step} in {logdir} were written by another version: {error}"
                     ) from error
@@ -89,10 +89,8 @@ class UnitHistory:
         for name, status in statuses.items():
             before = self._since.get(name, {})
             self.latest[name] = status
-            first, last = status.first_step, status.last_step
-            if first is None or last is None:  # nothing was seen, so nothing is called dead
-                continue
-            self._since[name] = {unit: min(before.get(unit, first), last) for unit in status.dead}
+            start = status.first_step if status.first_step is not None else step
+            self._since[name] = {unit: min(before.get(unit, start), step) for unit in status.dead}
             if status.rate:
                 columns = self._columns.get(name)
                 if columns is None or columns.units != len(status.rate):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
@@ -76,12 +76,13 @@ def test_equal_runs_do_not_part() -> None:
     )
 
 
-@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.02, 0.1, 0.3]), st.sampled_from([0.01, 0.3]))
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 0.02, 0.1, 0.3]), st.sampled_from([0.01, 0.1]))
 def test_other_noise_and_other_beginnings_are_no_parting(seed: int, noise: float, offset: float) -> None:
     """Runs of one recipe with other seeds, of any noise, do not part: of twenty statistics one at most is an error."""
     found = compare(synthetic(seed, noise, offset), synthetic(seed + 1, noise, offset))
     assert not found.alike
-    assert len([each for each in found.partings if each.step > 0]) <= 1
+    assert len(found.partings) <= 1
 
 
 def test_a_head_start_is_no_parting() -> None:
@@ -168,6 +169,7 @@ def test_runs_with_nothing_in_common_are_refused() -> None:
         compare(first, later)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(["alike", "different"]))
 def test_comparing_the_other_way_round_finds_the_same(seed: int, how: str) -> None:
     """Partings do not depend on which run is given first; their ratios are each other's inverse."""

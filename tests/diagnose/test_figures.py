@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -97,6 +97,7 @@ def test_wide_layers_and_long_runs_are_pooled_by_their_means() -> None:
     assert right - left >= MAX_COLUMNS, "columns of pixels would be lost"
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 40).flatmap(
         lambda steps: st.lists(st.lists(st.floats(0, 1), min_size=steps, max_size=steps), min_size=1, max_size=20)
@@ -241,6 +242,7 @@ def test_profiles_refuse_shapes_that_do_not_fit() -> None:
         depth_profile("rms", [], [], [], (0, 1))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-320, 300), min_size=1, max_size=9), st.lists(st.floats(-320, 300), min_size=1, max_size=9))
 def test_profiles_of_any_values_are_drawn_within_their_frame(then: list[float], now: list[float]) -> None:
     """Values of any size, denormals and ever so close together, are drawn without an error and inside the frame."""
