@@ -36,7 +36,15 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
 def dead(monkeypatch: pytest.MonkeyPatch) -> dict[str, UnitStatus]:
     """Every watch is told that six of ten units of layer 1 are dead, in two windows."""
     units = {
-        "1": status("1", dead=(0, 1, 2, 3, 4, 5), verdict="dead", windows=2, deaths=(4, 5), saturated=(0.25,) * 10)
+        "1": status(
+            "1",
+            dead=(0, 1, 2, 3, 4, 5),
+            verdict="dead",
+            windows=2,
+            deaths=(4, 5),
+            saturated=(0.125,) * 10,
+            function="tanh",
+        )
     }
     monkeypatch.setattr(UnitWindows, "status", lambda self: units)
     return units
@@ -53,7 +61,7 @@ def test_units_go_everywhere(dead: dict[str, UnitStatus], tmp_path: Path) -> Non
     assert [(f.diagnostic, f.step) for f in watcher.findings()] == [("dead_units", 0)]
     _, scalars = read_back(tmp_path)
     assert scalars["Activations.dead_fraction/1"] == dict.fromkeys((0, 4, 8), pytest.approx(0.6))
-    assert scalars["Activations.saturated_fraction/1"] == dict.fromkeys((0, 4, 8), 0.25)
+    assert scalars["Activations.saturated_fraction/1"] == dict.fromkeys((0, 4, 8), 0.125)
     health = texts(tmp_path, "health/text_summary")
     assert list(health) == [0, 4, 8]
     assert "`1` | 10 | 60 % | 0.073 %" in health[8]
@@ -61,7 +69,7 @@ def test_units_go_everywhere(dead: dict[str, UnitStatus], tmp_path: Path) -> Non
     assert log[0].splitlines()[0].startswith("* **CRIT** step 0 1: 6 of 10 units")
     assert "2 units fell silent and 0 came back" in log[0].splitlines()[1]
     (row,) = [row for row in Report.of_run(tmp_path).health if row.layer == "1"]
-    assert (row.units, row.dead_fraction, row.saturated_fraction) == (10, 0.6, 0.25)
+    assert (row.units, row.dead_fraction, row.saturated_fraction) == (10, 0.6, 0.125)
     assert row.flags == ("CRIT dead_units",)
 
 
