@@ -36,7 +36,15 @@ def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
 def dead(monkeypatch: pytest.MonkeyPatch) -> dict[str, UnitStatus]:
     """Every watch is told that six of ten units of layer 1 are dead, in two windows."""
     units = {
-        "1": status("1", dead=(0, 1, 2, 3, 4, 5), verdict="dead", windows=2, deaths=(4, 5), saturated=(0.25,) * 10)
+        "1": status(
+            "1",
+            dead=(0, 1, 2, 3, 4, 5),
+            verdict="dead",
+            windows=2,
+            deaths=(4, 5),
+            saturated=(0.125,) * 10,
+            function="tanh",
+        )
     }
     monkeypatch.setattr(UnitWindows, "status", lambda self: units)
     return units
@@ -53,7 +61,7 @@ def test_units_go_everywhere(dead: dict[str, UnitStatus], tmp_path: Path) -> Non
     assert [(f.diagnostic, f.step) for f in watcher.findings()] == [("dead_units", 0)]
     _, scalars = read_back(tmp_path)
     assert scalars["Activations.dead_fraction/1"] == dict.fromkeys((0, 4, 8), pytest.approx(0.6))
-    assert scalars["Activations.saturated_fraction/1"] == dict.fromkeys((0, 4, 8), 0.25)
+    assert scalars["Activations.saturated_fraction/1"] == dict.fromkeys((0, 4, 8), 0.125)
     health = texts(tmp_path, "health/text_summary")
     assert list(health) == [0, 4, 8]
     assert "`1` | 10 | 60 % | 0.073 %" in health[8]
@@ -61,7 +69,7 @@ def test_units_go_everywhere(dead: dict[str, UnitStatus], tmp_path: Path) -> Non
     assert log[0].splitlines()[0].startswith("* **CRIT** step 0 1: 6 of 10 units")
     assert "2 units fell silent and 0 came back" in log[0].splitlines()[1]
     (row,) = [row for row in Report.of_run(tmp_path).health if row.layer == "1"]
-    assert (row.units, row.dead_fraction, row.saturated_fraction) == (10, 0.6, 0.25)
+    assert (row.units, row.dead_fraction, row.saturated_fraction) == (10, 0.6, 0.125)
     assert row.flags == ("CRIT dead_units",)
 
 
@@ -98,10 +106,9 @@ def test_a_fault_in_the_checkup_ends_nothing(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_what_was_not_observed_stands_in_the_run(tmp_path: Path) -> None:
     """A notice of the live watch is printed by the report of its run."""
+    model = mlp()
     with pytest.warns(instrument.InstrumentWarning, match="matches no name"):
-        watcher = instrument.watch(mlp(), exclude="dropout", interval=1, logdir=tmp_path)
-    model = watcher._model()
-    assert model is not None
+        watcher = instrument.watch(model, exclude="dropout", interval=1, logdir=tmp_path)
     train(model, sgd(model), 2)
     watcher.close()
     assert Report.of_run(tmp_path).notices == watcher.notices
@@ -129,7 +136,9 @@ def test_the_command_prints_findings_for_people_and_programs(dead: dict[str, Uni
         raise KeyError("end")
     result = command("report", str(tmp_path), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "CRIT dead_units" in result.stdout
+    assert "6 of 10 units (60 %) were silent" in " ".join(result.stdout.split())
+    (row,) = [line.split() for line in result.stdout.splitlines() if line.split()[:2] == ["1", "10"]]
+    assert row[2:4] == ["60", "%"]
     assert "Before the accident at step 5 (exception)" in result.stdout
     found = json.loads(command("report", str(tmp_path), "--json", cwd=tmp_path).stdout)
     assert set(found) == {"health", "findings", "accident", "growths", "notices", "rows"}

@@ -109,7 +109,7 @@ class Doctor:
             self._examine_waiting()
             if self._windows is not None and self.readings:
                 newest = self.readings[-1]
-                units = self._windows.status()
+                units = self._judged(self._windows, None, is_flush=True)
                 reading = Reading(newest.step, {}, units, newest.loss, newest.parameters)
                 told = self._examine(reading)
                 self._done.append(Examination(reading, told, is_flush=True, is_last=True))
@@ -160,9 +160,7 @@ class Doctor:
             record, is_flush = self._waiting.popleft()
             units: Mapping[str, UnitStatus] = NO_UNITS
             if self._windows is not None:
-                self._windows.add(record)
-                if is_flush:
-                    units = self._windows.status()
+                units = self._judged(self._windows, record, is_flush)
             since = self.readings[-1].step if self.readings else None
             loss = self._loss_of(record.step, since if since != record.step else None)
             parameters: Mapping[str, ParameterTraits] = self.readings[-1].parameters if self.readings else {}
@@ -172,9 +170,8 @@ class Doctor:
     def _examine(self, reading: Reading) -> tuple[Finding, ...]:
         if reading.units:
             self._units = dict(reading.units)
-        while self.readings and self.readings[-1].step > reading.step:
-            self.readings.pop()
-            self._told = [finding for finding in self._told if finding.step < reading.step]
+        if self.readings and self.readings[-1].step > reading.step:
+            self._go_back(reading.step)
         if self.readings and self.readings[-1].step == reading.step:
             reading = self.readings.pop().joined(reading)
         self.readings.append(reading)
@@ -198,6 +195,27 @@ class Doctor:
         self._active = active
         self._told += told
         return tuple(told)
+
+    def _judged(self, windows: UnitWindows, record: StepRecord | None, is_flush: bool) -> Mapping[str, UnitStatus]:
+        """The state of units after a record, where it is asked for; units are left alone once that has failed."""
+        try:
+            if record is not None:
+                windows.add(record)
+            return windows.status() if is_flush else NO_UNITS
+        except Exception as error:
+            self._windows = None
+            self._error = error
+            warn_quietly(f"judging units failed with {type(error).__name__}: {error}; it is left out, training goes on")
+            return NO_UNITS
+
+    def _go_back(self, step: int) -> None:
+        """Forget everything from a step on: the run was resumed there."""
+        while self.readings and self.readings[-1].step > step:
+            self.readings.pop()
+        self._told = [finding for finding in self._told if finding.step < step]
+        known = {(finding.diagnostic, finding.site) for finding in self._told}
+        known |= {(finding.diagnostic, None) for finding in self._told if finding.diagnostic in ONCE}
+        self._seen = {key: (level, min(last, step)) for key, (level, last) in self._seen.items() if key in known}
 
     def _ask(self, diagnostic: Diagnostic, readings: tuple[Reading, ...]) -> list[Finding]:
         try:

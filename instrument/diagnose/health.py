@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from instrument.capture.names import MODULE_KINDS
+from instrument.diagnose.diagnostics.units import BOUNDED
 from instrument.diagnose.diagnostics.words import is_root, percent
 from instrument.diagnose.findings import Finding, Level
 from instrument.diagnose.readings import LOG10_RATIO, Reading
@@ -34,6 +35,7 @@ class HealthRow:
     rate_bound: float | None
     """A dead unit fires on fewer than this share of all samples, with 95 % confidence: 3 / n, the rule of three."""
     saturated_fraction: float | None
+    """Of nonlinearities that are flat at both ends; a ReLU that is flat on most samples is sparse, not saturated."""
     activation_rms: float | None
     gradient_rms: float | None
     """Of the weight, or of the first parameter of the layer."""
@@ -126,7 +128,7 @@ def _row(
         units=status.units if status is not None else None,
         dead_fraction=len(judged.dead) / judged.units if judged is not None else None,
         rate_bound=judged.rate_bound if judged is not None else None,
-        saturated_fraction=_mean(judged.saturated) if judged is not None and judged.function else None,
+        saturated_fraction=_mean(judged.saturated) if judged is not None and judged.function in BOUNDED else None,
         activation_rms=numbers[0],
         gradient_rms=numbers[1],
         log10_ratio=ratios.get(main),

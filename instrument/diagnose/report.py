@@ -224,7 +224,7 @@ def _health_table(rows: Sequence[HealthRow]) -> Table:
     table = Table(title="Health", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for number in filled:
         is_text = number in (0, len(HEADINGS) - 1)
-        table.add_column(HEADINGS[number], justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+        table.add_column(HEADINGS[number], justify="left" if is_text else "right", no_wrap=not is_text)
     for row in rows:
         cells = row.cells()
         table.add_row(*(cells[number] for number in filled), style=_STYLES[row.level] if row.level is not None else "")

@@ -37,6 +37,8 @@ BYTES_PER_SKETCH = 4096
 """Memory of a sketch that waits to be written, roughly."""
 
 TEXT_PLUGIN = "text"
+TEXT_SUFFIX = "/text_summary"
+"""What torch adds to the tag of a text."""
 
 REQUIRED_METHODS = ("add_scalar", "add_histogram_raw")
 
@@ -369,7 +371,7 @@ class ForeignSink:
         if value.HasField("simple_value"):
             self._writer.add_scalar(value.tag, value.simple_value, step)
         elif plugin == TEXT_PLUGIN and callable(getattr(self._writer, "add_text", None)):
-            self._writer.add_text(value.tag, value.tensor.string_val[0].decode(), step)
+            self._writer.add_text(value.tag.removesuffix(TEXT_SUFFIX), value.tensor.string_val[0].decode(), step)
         elif value.HasField("image") and callable(getattr(self._writer, "add_image", None)):
             image = Image.open(io.BytesIO(value.image.encoded_image_string)).convert("RGB")
             self._writer.add_image(value.tag, np.asarray(image), step, dataformats="HWC")

@@ -110,7 +110,9 @@ class Checkup:
 
     def _values(self) -> Iterator[tuple[int, list[Any]]]:
         """Examine what waits; the values for each step."""
-        for examination in self._doctor.catch_up():
+        examinations: list[Examination] = []
+        self._guarded(lambda: examinations.extend(self._doctor.catch_up()))
+        for examination in examinations:
             values: list[Any] = []
             self._guarded(functools.partial(self._after, examination, values))
             if values:

@@ -17,7 +17,7 @@ from instrument.record.losses import Losses
      ("val_loss", False), ("eval/loss", False), ("loss/test", False), ("accuracy", False), ("gloss", False)],
 )  # fmt: skip
 def test_a_tag_with_the_word_counts_unless_it_is_held_out(tag: str, is_loss: bool) -> None:
-    """The word "loss" must be a word of the tag, and no other word may tell of held-out data."""
+    """The word "loss" must be part of the tag, and no other word may tell of held-out data."""
     assert Losses().wants(tag) == is_loss
 
 
