@@ -54,9 +54,10 @@ class EventFile:
     def _open(self, start_step: int | None) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._pid = os.getpid()
-        # Files of a run are read in the order of their names: the time comes first.
+        # Files of a run are read in the order of their names: the time comes first. The last part is ours alone:
+        # torch's own writer counts from 0 as well, and would empty a file of ours that has the name it wants.
         name = f"events.out.{EVENT_FILE_PART}.{int(time.time()):010d}.{socket.gethostname()}.{self._pid}"
-        self.path = self.directory / f"{name}.{next(_numbers)}{self._suffix}"
+        self.path = self.directory / f"{name}.{next(_numbers)}.instrument{self._suffix}"
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         self._good = 0
         header = Event(

@@ -389,6 +389,31 @@ def test_torchs_histograms_and_ours_agree(tmp_path: Path) -> None:
     assert len(ours.bucket) == len(ours.bucket_limit) <= 66
 
 
+@pytest.mark.parametrize("first", ["torch", "ours"])
+def test_torchs_own_writer_in_the_same_directory_takes_no_file_from_ours(first: str, tmp_path: Path) -> None:
+    """Made in one process, one second and one directory, both writers have a file of their own, whoever is first."""
+    script = """
+    class Clock:
+        time = staticmethod(lambda now=int(time.time()): now)
+        def __getattr__(self, name): return getattr(time, name)
+    from tensorboard.summary.writer import event_file_writer
+    from torch.utils.tensorboard import SummaryWriter
+    from instrument.record import event_file
+    event_file_writer.time = event_file.time = Clock()
+    makers = {"ours": watch, "torch": lambda: SummaryWriter(logdir)}
+    made = {name: makers[name]() for name in ORDER}
+    made["torch"].add_scalar("loss", 0.5, 1)
+    train(3)
+    made["torch"].close()
+    """
+    order = sorted(["torch", "ours"], key=lambda name: name != first)
+    process = run(textwrap.dedent(script).replace("ORDER", str(order)), tmp_path, "-W", "error")
+    assert process.returncode == 0, process.stderr
+    theirs, ours = (read_back(path) for path in sorted(tmp_path.iterdir()))
+    assert ours[0]["Gradients/0.weight"] == [0, 1, 2]
+    assert theirs[1] == {"loss": {1: 0.5}}
+
+
 def test_nan_and_inf_reach_no_edge_and_no_bucket(tmp_path: Path) -> None:
     """A step with NaN and Inf has a histogram of its finite values, and counts as scalars from then on."""
     model = torch.nn.Linear(2, 2, bias=False)
