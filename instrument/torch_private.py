@@ -2,24 +2,24 @@
 
 | what we need | private name | without it |
 | --- | --- | --- |
-| "does autograd run this call?" | `torch._C._current_graph_task_id` | never said to be in backward: recomputation under activation checkpointing is measured again |
-| "does functorch run this call?" | `torch._C._functorch.peek_interpreter_stack` | never said to: our operations may fail under `vmap`, which is caught and noticed |
-| "does `torch.jit.trace` run this call?" | `torch._C._is_tracing` | (older than all versions we support) |
-| hide our operations from modes | `torch.utils._python_dispatch._disable_current_modes`, `torch._C._len_torch_dispatch_stack` | nothing is measured while a mode is active |
+| "does autograd run this call?" | `torch._C._current_graph_task_id` | never said to be in backward: recomputation under reentrant checkpointing counts twice, any other is measured and thrown away |
+| "does functorch run this call?" | `torch._C._functorch.peek_interpreter_stack` | never said to: our operations fail under `vmap`, which is caught, noticed, and leaves that module out |
+| hide our operations from modes | `torch.utils._python_dispatch._disable_current_modes` | nothing is measured while a mode is active |
+| is a mode active? | `torch._C._len_torch_dispatch_stack` | modes are always switched off, a few microseconds a tensor; without both nothing is measured at all |
 | leave grad mode cheaply | `torch._C._set_grad_enabled` | `torch.set_grad_enabled`, half a microsecond dearer |
-| ignore tensor subclasses and function modes | `torch._C.DisableTorchFunction` | subclasses see our operations |
+| ignore function modes | `torch._C.DisableTorchFunction` | they see our operations, `torch.set_default_device` for one |
 | keep Dynamo from hooks and what they call | `torch._C._dynamo.eval_frame.set_code_exec_strategy` with `_FrameExecStrategy` and `_FrameAction`, the mark `_torchdynamo_disable` | functions go through `torch.compiler.disable`, 0.4 us a call; methods of hook objects may be compiled by themselves and then do nothing |
 | "is this a fake tensor?" | `torch._subclasses.fake_tensor.is_fake` | judged by the name of its class |
-| is a `step()` called by that of another optimizer? | code of the wrapper that `Optimizer.profile_hook_step` makes | each call counts as an outer one: twice a step for subclasses that call `super().step()` |
+| is a `step()` called by that of another optimizer? | code of the wrapper that `Optimizer.profile_hook_step` makes | the innermost call counts: what a subclass does after `super().step()` is not in the recorded parameters |
 | the scale of the gradient scaler that calls this step | the frame of `GradScaler.step`, `GradScaler._scale` | gradients of activations stay multiplied by it |
 | is a module compiled? | `Module._compiled_call_impl`, the class `OptimizedModule` | hooks below it are put on: one more graph where they were there at its first call |
 | is a compiled call going on around this one? | `torch._C._dynamo.eval_frame.get_eval_frame_callback` | the same |
 | was a caller compiled? | frames of `torch/_dynamo/eval_frame.py` | never said to be: in such functions `compiled="eager"` sees the first call of a step alone |
-| run a function while a graph is traced, not in it | the mark `_dynamo_marked_constant` that `torch.compiler.assume_constant_result` sets | (older than all versions we support) |
-| children and parameters of a module, without computing | `Module._modules`, `Module._parameters` | (older than all versions we support) |
-| how often a tensor was changed in place | `Tensor._version` | (older than all versions we support) |
-| hooks of the user's on a parameter | `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks` | (the second: none) |
-| our own writer behind torch's | `SummaryWriter._get_file_writer` | torch's slow writer is used; see `instrument.record.writer` |
+| run a function while a graph is traced, not in it | the mark `_dynamo_marked_constant` that `torch.compiler.assume_constant_result` sets | `torch.compiler.assume_constant_result` does no more than set it |
+| children and parameters of a module, without computing | `Module._modules`, `Module._parameters` | the public iterators: a child that a module holds twice has one of its names; parameters that are replaced later are not logged with the last step |
+| how often a tensor was changed in place | `Tensor._version` | steps without any optimizer are not seen, which is said; what a container returns is measured again |
+| hooks of the user's on a parameter | `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks` | any may have some: the last step of a model that is gone lacks the root's own parameters |
+| our own writer behind torch's | `SummaryWriter._get_file_writer` | ours is put there afterwards, and an event file of torch's without records lies beside it; see `instrument.record.writer` |
 
 Why hiding matters: an operation of ours that selective activation checkpointing can see shifts its count of
 operations, and the recomputation then hands the user's backward a tensor of ours: wrong gradients, no error.
@@ -48,7 +48,6 @@ __all__ = [
     "in_functorch",
     "is_compiled",
     "is_fake",
-    "is_tracing",
     "never_compile",
     "never_compile_code",
     "parameters_of",
@@ -84,6 +83,12 @@ _disable_torch_function: Callable[[], contextlib.AbstractContextManager[Any]] = 
     _lookup("torch._C.DisableTorchFunction") or contextlib.nullcontext
 )
 _is_fake: Callable[[object], bool] | None = _lookup("torch._subclasses.fake_tensor.is_fake")
+_module_attributes = frozenset(vars(torch.nn.Module()))
+_has_version = _lookup("torch.Tensor._version") is not None
+_has_hook_lists = None not in (
+    _lookup("torch.Tensor._backward_hooks"),
+    _lookup("torch.Tensor._post_accumulate_grad_hooks"),
+)
 
 
 def in_backward() -> bool:
@@ -96,35 +101,34 @@ def in_functorch() -> bool:
     return _interpreter_stack is not None and _interpreter_stack() is not None
 
 
-def is_tracing() -> bool:
-    """Whether `torch.jit.trace` runs the caller; what is computed then goes into its graph."""
-    return bool(torch._C._is_tracing())
-
-
 def can_hide() -> bool:
     """Whether operations done now can be hidden from the dispatch modes that are active now."""
-    return _disable_modes is not None or _modes_active is None or _modes_active() == 0
+    return _disable_modes is not None or (_modes_active is not None and _modes_active() == 0)
 
 
 def children_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """The children of a module under their names."""
+    if "_modules" not in _module_attributes:
+        return list(module.named_children())
     return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
     """The module's own dictionary of parameters; reading its attributes may compute, as under `spectral_norm`."""
+    if "_parameters" not in _module_attributes:
+        return dict(module.named_parameters(recurse=False, remove_duplicate=False))
     own: Any = module._parameters
     return own if isinstance(own, dict) else dict(own.items())  # script modules have a wrapper of another kind
 
 
-def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; changes through ``.data`` do not count."""
-    return tensor._version
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was changed in place, where torch tells; changes through ``.data`` do not count."""
+    return tensor._version if _has_version else None
 
 
 def has_hooks(tensor: torch.Tensor) -> bool:
-    """Whether somebody has registered a hook on a tensor."""
-    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
+    """Whether somebody has registered a hook on a tensor, or may have."""
+    return not _has_hook_lists or bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
@@ -192,7 +196,7 @@ def run_while_tracing(function: _F) -> _F:
 
 
 def _step_wrapper_code() -> types.CodeType | None:
-    wrap = getattr(torch.optim.Optimizer, "profile_hook_step", None)
+    wrap = _lookup("torch.optim.Optimizer.profile_hook_step")
     return getattr(wrap(lambda optimizer: None), "__code__", None) if wrap is not None else None
 
 
@@ -216,13 +220,14 @@ def calling_scale() -> torch.Tensor | None:
     for _ in range(_SCALER_DISTANCE):
         if frame is None:
             return None
-        if frame.f_code is torch.amp.GradScaler.step.__code__:
+        if frame.f_code is _SCALER_STEP_CODE:
             scale = getattr(frame.f_locals.get("self"), "_scale", None)
             return scale if isinstance(scale, torch.Tensor) else None
         frame = frame.f_back
     return None
 
 
+_SCALER_STEP_CODE: types.CodeType | None = getattr(_lookup("torch.amp.GradScaler.step"), "__code__", None)
 _SCALER_DISTANCE = 16
 """Frames between an optimizer hook and `GradScaler.step`: half a dozen, and some for wrappers of schedulers."""
 
@@ -253,7 +258,7 @@ class Unseen:
         self._inner.__enter__()
         self._modes: contextlib.ExitStack | None = None
         self._grad = torch.is_grad_enabled()
-        if (_modes_active is not None and _modes_active()) or torch.is_inference_mode_enabled():
+        if _modes_active is None or _modes_active() or torch.is_inference_mode_enabled():
             self._modes = contextlib.ExitStack()
             self._modes.enter_context(torch.inference_mode(False))
             if _disable_modes is not None:

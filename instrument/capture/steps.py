@@ -152,8 +152,9 @@ class StepClock:
         """
         if self.manual or self.has_optimizer or self.is_stepping:
             return False
-        versions = [version_of(parameter) for parameter in self._parameters() if parameter.requires_grad]
-        if not versions:  # nothing to train, or the model is gone
+        known = (version_of(parameter) for parameter in self._parameters() if parameter.requires_grad)
+        versions = [version for version in known if version is not None]
+        if not versions:  # nothing to train, the model is gone, or this torch does not tell
             return False
         version = sum(versions)
         moved = self._version is not None and version != self._version

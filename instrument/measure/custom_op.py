@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-from instrument.errors import InstrumentError
+from instrument.errors import InstrumentError, UnmeasurableError
 from instrument.measure.cpu import accumulate_cpu, measure_cpu
 from instrument.measure.sketch import CODES, Sketch, empty_moments
 from instrument.measure.tensors import Values, chunks, readable
@@ -53,7 +53,8 @@ def measure(tensor: torch.Tensor) -> Sketch:
         The sketch.
 
     Raises:
-        UnmeasurableError: The tensor has no values that can be read (meta, fake, lazy, quantized, nested).
+        UnmeasurableError: The tensor has no values that can be read (meta, fake, lazy, quantized, nested), or not
+            without a dispatch mode of the user's seeing it.
         InstrumentError: Something else than a tensor was given.
 
     Example:
@@ -64,7 +65,7 @@ def measure(tensor: torch.Tensor) -> Sketch:
     if not isinstance(tensor, torch.Tensor):
         raise InstrumentError(f"measure() was given {type(tensor).__name__}, allowed is a torch.Tensor")
     if not can_hide():
-        raise InstrumentError("a dispatch mode is active and this version of torch offers no way to step out of it")
+        raise UnmeasurableError("a dispatch mode is active, and this version of torch offers no way to step out of it")
     with Unseen():
         values = readable(tensor)
         return measure_cpu(values) if values.tensor.is_cpu else _measure_by_transfer(values)

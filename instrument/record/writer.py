@@ -113,6 +113,11 @@ class SummaryWriter(TorchSummaryWriter):
         # the first file has one too.
         purge_step = 0 if purge_step is None else purge_step
         super().__init__(log_dir, comment, purge_step, max_queue, flush_secs, filename_suffix)
+        own: Any = self  # torch declares its attributes as None
+        if not isinstance(own.file_writer, _FileWriter):  # made by a method of torch's that has another name
+            own.file_writer.close()
+            own.file_writer, own.purge_step = None, purge_step
+            self._get_file_writer()
 
     def _get_file_writer(self) -> _FileWriter:
         """Make the writer of a file where there is none: at first, and after `close`."""

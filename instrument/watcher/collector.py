@@ -108,7 +108,8 @@ class Collector:
             return remembered[2]
         sketch = measure(tensor)
         if type(tensor) is torch.Tensor and not tensor.is_inference():  # parameters must not be referred to weakly
-            self._last = (weakref.ref(tensor), version_of(tensor), sketch)
+            version = version_of(tensor)
+            self._last = (weakref.ref(tensor), version, sketch) if version is not None else None
         return sketch
 
     def open(self, step: int) -> None:
