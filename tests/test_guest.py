@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -200,3 +201,17 @@ def test_what_cannot_be_measured_is_a_notice(tmp_path: Path) -> None:
     assert watcher.notices == ("activations of odd are not measured: it is on the meta device and has no values",)
     assert "Activations/fc" in watcher.history[-1]
     watcher.close()
+
+
+def test_modules_are_left_as_the_interpreter_holds_them(tmp_path: Path) -> None:
+    """No module gets a dictionary that it had not: asked for one, CPython makes it, and later calls are slower."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.ReLU(), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def held() -> list[list[type]]:
+        return [[type(thing) for thing in gc.get_referents(module)] for module in model.modules()]
+
+    before = held()
+    with instrument.watch(model, kinds=KINDS, interval=1, logdir=tmp_path, strict=True):
+        train(model, optimizer, 2)
+    assert held() == before

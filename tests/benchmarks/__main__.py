@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
+from .harness import pin
 
-from . import measuring, steps, units
-
-BENCHMARKS = {"measuring": measuring.run, "steps": steps.run, "units": units.run}
+NAMES = ("measuring", "idle", "w1", "w2", "w3", "steps", "memory")
 
 
 def main() -> None:
     """Run what is named on the command line."""
-    names = sys.argv[1:] or list(BENCHMARKS)
-    unknown = [name for name in names if name not in BENCHMARKS]
+    names = sys.argv[1:] or list(NAMES)
+    unknown = [name for name in names if name not in NAMES]
     if unknown:
-        sys.exit(f"unknown benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
-    console = Console(width=120)
+        sys.exit(f"unknown benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
+    pin()
+    from rich.console import Console
+
+    from . import idle, measuring, memory, sampled, steps
+
+    console = Console(width=150)
+    alone = {"measuring": measuring.run, "idle": idle.run, "steps": steps.run, "memory": memory.run}
     for name in names:
-        BENCHMARKS[name](console)
+        if name in alone:
+            alone[name](console)
+        else:
+            sampled.run(console, name)
 
 
 main()

@@ -1,7 +1,7 @@
 """Timing on a machine that others share: interleaved, by medians, with the spread beside them.
 
-OpenMP's threads spin for a while after each parallel region and so steal time from whatever is measured next; the
-wait policy is set to passive before torch is imported.
+OpenMP's threads spin for a while after each parallel region and so steal time from whatever is measured next, and so
+do those of OpenBLAS; what tells them not to is read when they are loaded, so the process starts itself anew.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+PINNED = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "OPENBLAS_NUM_THREADS": "1", "MKL_DYNAMIC": "FALSE"}
 
 
 class Timing(NamedTuple):
@@ -25,6 +26,17 @@ class Timing(NamedTuple):
     """First quartile."""
     high: float
     """Third quartile."""
+
+
+def pin() -> None:
+    """Start this process anew with what no library can be told later, unless that is so already."""
+    if any(os.environ.get(name) != value for name, value in PINNED.items()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **PINNED})
+
+
+def resident() -> int:
+    """Bytes of memory that this process has in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, Timing]:
@@ -47,15 +59,16 @@ def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int, ca
             for _ in range(calls):
                 function()
             times[name].append((time.perf_counter() - start) / calls)
-    return {name: _timing(taken) for name, taken in times.items()}
+    return {name: spread(taken) for name, taken in times.items()}
 
 
 def ratios(pairs: list[tuple[float, float]]) -> Timing:
     """Second over first of each pair, of timings taken one right after the other."""
-    return _timing([second / first for first, second in pairs])
+    return spread([second / first for first, second in pairs])
 
 
-def _timing(values: list[float]) -> Timing:
+def spread(values: list[float]) -> Timing:
+    """Median and quartiles."""
     low, median, high = statistics.quantiles(values, n=4)
     return Timing(median, low, high)
 
@@ -66,5 +79,5 @@ def machine() -> str:
 
     return (
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__} on {torch.get_num_threads()} "
-        f"threads, Python {platform.python_version()}"
+        f"threads, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
     )
