@@ -15,8 +15,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import instrument
+from instrument.capture.names import Site
 from instrument.diagnose.units import UnitStatus
 from instrument.errors import ConfigError, InstrumentWarning, SelectionError
+from instrument.measure.units import UnitTally
+from instrument.record.buffer import Buffer
 
 SMALL = {"dead_window_samples": 32, "dead_window_batches": 4}
 """A window that six batches of 16 fill."""
@@ -266,6 +269,56 @@ def test_a_shared_nonlinearity_is_told_apart_by_layer(tmp_path: Path) -> None:
     found = train(model, tmp_path, (16, 4, 5, 5))
     assert found["relu"].dead == (1,)
     assert found["relu[conv2]"].dead == (2,)
+
+
+def test_a_nonlinearity_before_any_layer(tmp_path: Path) -> None:
+    """What runs before the first layer does not stand behind the last layer of the pass before."""
+    model = nn.Sequential(nn.Tanh(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    status = train(model, tmp_path)["0"]
+    assert (status.function, status.units, status.samples, status.batches) == ("tanh", 4, 64, 4)
+
+
+def test_an_output_that_was_changed_in_place_is_looked_at_again(tmp_path: Path) -> None:
+    """Ranges found for a layer's output are not those of what an in-place operation made of it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act, self.head = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.fc(x)
+            hidden -= torch.tensor([0.0, 100.0] * 4)
+            out: torch.Tensor = self.head(self.act(hidden))
+            return out
+
+    assert train(Net(), tmp_path)["act"].dead == (1, 3, 5, 7)
+
+
+def test_several_outputs_are_judged_by_the_first(tmp_path: Path) -> None:
+    """Of a recurrent layer the hidden states are judged, under the name that their tag has."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.lstm(x)[0])
+            return out
+
+    found = train(Net(), tmp_path, (2, 8, 4))
+    assert {name: (status.units, status.samples) for name, status in found.items()} == {"lstm[0]": (6, 64)}
+
+
+def test_gradients_that_do_not_count_take_their_rows_along() -> None:
+    """When a gradient is discarded, because a wrapped optimizer uses another, so are its rows."""
+    buffer = Buffer(4)
+    buffer.open(0)
+    for name in ("fc.weight", "act"):
+        buffer.add_units(name, UnitTally.empty(3))
+        buffer.discard(Site("gradients", name) if name == "fc.weight" else Site("activations", name))
+    assert buffer.units() == ("act",)
 
 
 def test_functions_make_an_output_the_input_of_a_nonlinearity(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 
 from .harness import pin
 
-NAMES = ("measuring", "idle", "w1", "w2", "w3", "steps", "memory")
+NAMES = ("measuring", "idle", "w1", "w2", "w3", "steps", "units", "memory")
 
 
 def main() -> None:
@@ -18,10 +18,10 @@ def main() -> None:
     pin()
     from rich.console import Console
 
-    from . import idle, measuring, memory, sampled, steps
+    from . import idle, measuring, memory, sampled, steps, units
 
     console = Console(width=150)
-    alone = {"measuring": measuring.run, "idle": idle.run, "steps": steps.run, "memory": memory.run}
+    alone = {"measuring": measuring.run, "idle": idle.run, "steps": steps.run, "units": units.run, "memory": memory.run}
     for name in names:
         if name in alone:
             alone[name](console)
