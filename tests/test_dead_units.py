@@ -97,8 +97,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("rate", "low", "high"), [(5e-3, 0.03, 0.12), (2e-2, 0.25, 0.65)])
-def test_precision_and_recall_on_a_relu_network(tmp_path: Path, rate: float, low: float, high: float) -> None:
+@pytest.mark.parametrize(
+    ("rate", "low", "high", "start", "every"),
+    [(5e-3, 0.03, 0.12, 700, 1), (2e-2, 0.25, 0.65, 700, 1), (2e-2, 0.25, 0.65, 0, 10)],
+)
+def test_precision_and_recall_on_a_relu_network(
+    tmp_path: Path, rate: float, low: float, high: float, start: int, every: int
+) -> None:
     """Of units called dead 0.9 are, and of dead units 0.9 are found, by activations and by gradient rows alike.
 
     The truth is that a unit fires on none of all 20,000 samples with the weights of the end.
@@ -112,8 +117,8 @@ def test_precision_and_recall_on_a_relu_network(tmp_path: Path, rate: float, low
         generator = torch.Generator().manual_seed(1)
         watcher = None
         for step in range(800):
-            if step == 700:  # a window of 4096 samples is 64 batches
-                watcher = instrument.watch(model, logdir=tmp_path / names[0], interval=100, scalar_interval=1)
+            if step == start:  # a window of 4096 samples is 64 batches
+                watcher = instrument.watch(model, logdir=tmp_path / names[0], interval=800, scalar_interval=every)
             chosen = torch.randint(20_000, (64,), generator=generator)
             optimizer.zero_grad()
             functional.cross_entropy(model(features[chosen]), classes[chosen]).backward()

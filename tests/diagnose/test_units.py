@@ -90,19 +90,19 @@ def test_one_sign_of_life_is_enough() -> None:
 
 
 def test_the_window_is_never_empty_and_never_old() -> None:
-    """Once full the evidence stays between one window and one and a half, and old life is forgotten in time."""
-    followed = windows(samples=32, batches=4)
-    after(followed, *(record(step, [ALIVE]) for step in range(4)))
+    """Once full the evidence stays between one window and one and a quarter, and old life is forgotten in time."""
+    followed = windows(samples=64, batches=8)
+    after(followed, *(record(step, [ALIVE]) for step in range(8)))
     seen = []
-    for step in range(4, 24):
+    for step in range(8, 32):
         status = after(followed, record(step, [DEAD]))
         seen.append(status.verdict)
-        assert 32 <= status.samples <= 48
+        assert 64 <= status.samples <= 80
         assert status.last_step == step
         assert status.first_step is not None
         assert step - status.first_step + 1 == status.batches
-    assert seen[:3] == ["ok"] * 3  # a window of four is not over yet
-    assert seen[6:] == ["dead"] * len(seen[6:])
+    assert seen[:7] == ["ok"] * 7  # a window of eight is not over yet
+    assert seen[9:] == ["dead"] * len(seen[9:])
 
 
 def test_births_deaths_and_what_stays() -> None:
