@@ -26,7 +26,7 @@ def test_char_gpt_trains_on_a_text_and_shows_what_the_watch_saw(tmp_path: Path) 
     """The demo ends with the run directory, the table and the command that opens TensorBoard; its run is whole."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     out = run("char_gpt", "--steps", "12", "--batch", "4", "--interval", "5", "--text", "text.txt", cwd=tmp_path)
-    assert "blocks.0.sa.key.weight" in out
+    assert "blocks.0.sa.key" in out
     assert "instrument tensorboard runs/" in out
     (logdir,) = tmp_path.glob("runs/*/logs/tensorboard")
     assert f"run:  {logdir.relative_to(tmp_path)}" in out
@@ -120,5 +120,5 @@ def test_the_ten_lines_of_the_readme_print_what_it_shows(tmp_path: Path) -> None
         return [line.split()[0] for line in text.splitlines() if line.strip()]
 
     expected = first_words(shown.split("```", 1)[0])
-    assert len(expected) > 15
+    assert len(expected) > 6
     assert [word.strip("─") for word in first_words(result.stdout)] == [word.strip("─") for word in expected]

@@ -21,6 +21,7 @@ __all__ = [
     "Site",
     "check_functions",
     "check_selection",
+    "has_forward",
     "is_leaf",
     "named_modules",
     "named_parameters",
@@ -201,7 +202,7 @@ def select(model: nn.Module, patterns: Patterns, kinds: Iterable[str]) -> Select
     if wanted & MODULE_KINDS:
         taken: dict[int, str] = {}
         for entry in entries:
-            if _has_forward(entry.module) and patterns.may_match_output_of(entry.name):
+            if has_forward(entry.module) and patterns.may_match_output_of(entry.name):
                 if id(entry.module) in taken:
                     aliases[entry.name] = taken[id(entry.module)]
                 else:
@@ -248,7 +249,7 @@ def _is_layer(module: nn.Module) -> bool:
     return is_leaf(module) and bool(children_of(module) or any(p is not None for p in parameters_of(module).values()))
 
 
-def _has_forward(module: nn.Module) -> bool:
+def has_forward(module: nn.Module) -> bool:
     """Whether the module can be called at all; `ModuleList` cannot, a compiled module has its forward on itself."""
     # Not by vars(): CPython makes a dictionary for that, and every later call of a module without one is slower.
     return getattr(getattr(module, "forward", None), "__func__", None) is not nn.Module.forward
@@ -317,7 +318,7 @@ def check_functions(model: nn.Module, patterns: Iterable[str]) -> None:
 def _empty_message(entries: list[ModuleEntry], patterns: Patterns, kinds: tuple[str, ...]) -> str:
     include = ", ".join(repr(pattern.text) for pattern in patterns.include) or "nothing"
     exclude = ", ".join(repr(pattern.text) for pattern in patterns.exclude) or "nothing"
-    containers = [entry.name for entry in entries if not _has_forward(entry.module) and patterns.match(entry.name)]
+    containers = [entry.name for entry in entries if not has_forward(entry.module) and patterns.match(entry.name)]
     reason = f"; {containers[0]!r} is a container, which is never called itself" if containers else ""
     return f"nothing is left to watch: include={include}, exclude={exclude}, kinds={', '.join(kinds)}{reason}"
 

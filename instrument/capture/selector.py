@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from instrument.capture.names import ModuleEntry, ParameterEntry, select
+from instrument.capture.names import ModuleEntry, ParameterEntry, has_forward, select
 from instrument.capture.patterns import Patterns
 from instrument.torch_private import children_of, is_compiled, parameters_of
 
@@ -90,7 +90,7 @@ def _walk(model: nn.Module) -> tuple[list[nn.Module], _Shape]:
                 *parameters,
                 *map(id, parameters.values()),
                 is_compiled(module),
-                "forward" in vars(module),
+                has_forward(module),
             )
         )
         for _, child in children:
