@@ -31,7 +31,7 @@ from instrument.errors import UnmeasurableError
 from instrument.measure.slopes import Slopes, slopes_named, slopes_of
 from instrument.measure.tensors import whole
 from instrument.measure.units import DeviceTally, Extent, UnitTally, extent_of, tally_rows, tally_units
-from instrument.torch_private import Unseen, children_of, parameters_of, version_of
+from instrument.torch_private import Unseen, can_hide, children_of, parameters_of, version_of
 
 __all__ = ["UnitJudge"]
 
@@ -164,6 +164,8 @@ class UnitJudge:
         Returns:
             The tally; None where the rows tell nothing, or a nonlinearity was seen behind the layer.
         """
+        if not can_hide():
+            return None
         name, _, attribute = parameter.rpartition(".")
         role = self._roles.get(name)
         if attribute != "weight" or role is None or role.weight_axis is None:
@@ -205,6 +207,8 @@ class UnitJudge:
 
     def _tally(self, tensor: torch.Tensor, axis: int, slopes: Slopes | None) -> UnitTally | DeviceTally | None:
         """Tally a tensor, with the ranges found before if it was the last one looked at; None where it cannot be."""
+        if not can_hide():  # a mode of the user's would see our operations
+            return None
         try:
             with Unseen():
                 plain = whole(tensor)
