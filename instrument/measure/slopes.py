@@ -98,7 +98,6 @@ def slopes_of(module: nn.Module) -> Slopes | None:
         make = _BY_CLASS.get(base)
         if make is not None:
             is_replaced = getattr(type(module), "forward", None) is not getattr(base, "forward", None)
-            has_own = getattr(module.forward, "__func__", None) is not type(module).forward
             return (
                 None
                 if is_replaced or getattr(module.forward, "__func__", None) is not type(module).forward
