@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 
@@ -19,6 +21,7 @@ from instrument.config import KINDS
 from instrument.diagnose.findings import Finding, Level
 from instrument.diagnose.flight import FLIGHT_FILE, read_flight
 from instrument.diagnose.report import Report
+from instrument.record.runs import event_files
 
 from .training import read_back
 
@@ -395,6 +398,26 @@ def test_a_spike_is_told_and_recorded(tmp_path: Path) -> None:
     flight = read_flight(tmp_path)
     assert flight is not None
     assert flight[0].step == 50
+
+
+def test_a_run_is_written_one_step_after_another(tmp_path: Path) -> None:
+    """With records that pile up behind a slow disk, no event of ours comes after one of a later step."""
+    model, writer = perceptron(), instrument.SummaryWriter(tmp_path)
+    is_full = threading.Event()
+    task, optimizer = Task(seed=1), sgd(model)
+    with instrument.watch(model, writer=writer, interval=8, scalar_interval=1) as watcher:
+        writer.add_built(lambda: [b""] * (not is_full.wait(30)), 0)  # the disk
+        for _ in range(40):
+            optimizer.zero_grad()
+            inputs, labels = task.points()
+            F.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+        is_full.set()
+        assert len(watcher.history) == 40
+    events = (event for path in event_files(tmp_path) for event in EventFileLoader(str(path)).Load())
+    steps = [event.step for event in events if event.summary.value]
+    assert len(set(steps)) >= 40
+    assert steps == sorted(steps)
 
 
 def test_a_finished_run_tells_what_the_live_watch_told(tmp_path: Path) -> None:

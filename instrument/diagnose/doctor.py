@@ -91,16 +91,20 @@ class Doctor:
         """
         self._waiting.append((record, is_flush))
 
-    def catch_up(self) -> list[Examination]:
+    def catch_up(self, step: int | None = None) -> list[Examination]:
         """Examine the records that wait.
+
+        Args:
+            step: The last step to tell of; without it, all.
 
         Returns:
             What became of each record since the last call, whoever had it examined.
         """
         with self._lock:
             self._examine_waiting()
-            done = list(self._done)
-            self._done.clear()
+            done = []
+            while self._done and (step is None or self._done[0].reading.step <= step):
+                done.append(self._done.popleft())
         return done
 
     def judge(self) -> None:
@@ -185,7 +189,7 @@ class Doctor:
                     told.append(finding)
                 elif is_once:  # the first offender is what matters, not who passes it on now
                     finding = next(
-                        (old for old in self._active.values() if old.diagnostic == finding.diagnostic), finding
+                        (old for old in reversed(self._told) if old.diagnostic == finding.diagnostic), finding
                     )
                 active[finding.diagnostic, finding.site] = finding
         if not reading.units:  # units are judged on some readings only; in between, what was found of them stands

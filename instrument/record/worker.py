@@ -51,6 +51,11 @@ class Worker:
         """Whether this process, and not one that it was forked from, gave jobs to the worker."""
         return os.getpid() == self._pid
 
+    @property
+    def is_current(self) -> bool:
+        """Whether whoever asks is a job of this worker."""
+        return threading.current_thread() is self._thread
+
     def submit(self, job: Callable[[], None], size: int = 0) -> None:
         """Have a job done; returns at once.
 
@@ -90,7 +95,7 @@ class Worker:
         Returns:
             Whether they are done; false in the worker's own thread, which cannot wait for itself.
         """
-        if not self.is_ours or threading.current_thread() is self._thread:
+        if not self.is_ours or self.is_current:
             return False
         if self._thread is None or not self._thread.is_alive():
             self._drain()

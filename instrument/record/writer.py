@@ -196,9 +196,6 @@ class RecordSink(Protocol):
     def values(self, build: Callable[[], Built]) -> None:
         """Write scalars, texts and images that are built in the background; returns at once."""
 
-    def run(self, job: Callable[[], None]) -> None:
-        """Have something done in the background, in order with what is written; returns at once."""
-
     def flush(self) -> None:
         """Return when what was written is with the writer, and on disk if the writer is ours."""
 
@@ -285,15 +282,6 @@ class OwnSink:
 
         self._writer.add_built(events, BYTES_PER_SKETCH)
 
-    def run(self, job: Callable[[], None]) -> None:
-        """Do a job in the writer's thread."""
-
-        def nothing() -> Iterable[bytes]:
-            job()
-            return ()
-
-        self._writer.add_built(nothing, BYTES_PER_SKETCH)
-
     def flush(self) -> None:
         """Return when everything is in the file."""
         self._writer.flush()
@@ -361,10 +349,6 @@ class ForeignSink:
                     self._add(value, step)
 
         self._worker.submit(add, BYTES_PER_SKETCH)
-
-    def run(self, job: Callable[[], None]) -> None:
-        """Do a job in the thread."""
-        self._worker.submit(job, BYTES_PER_SKETCH)
 
     def _add(self, value: Any, step: int) -> None:
         plugin = value.metadata.plugin_data.plugin_name

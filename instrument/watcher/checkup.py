@@ -68,7 +68,8 @@ class Checkup:
             is_flush: Whether its histograms are written, and so units are judged.
         """
         self._doctor.add(record, is_flush)
-        self._sink.values(self._values)
+        # Not of later steps, though they may wait already: a run is read one step after another.
+        self._sink.values(functools.partial(self._values, record.step))
 
     def findings(self) -> tuple[Finding, ...]:
         """Everything found so far, oldest first; none in a process that was forked from the one that watches."""
@@ -108,10 +109,10 @@ class Checkup:
         if error is not None and self._strict:
             raise error
 
-    def _values(self) -> Iterator[tuple[int, list[Any]]]:
-        """Examine what waits; the values for each step."""
+    def _values(self, step: int | None = None) -> Iterator[tuple[int, list[Any]]]:
+        """Examine what waits; the values for each step up to this one."""
         examinations: list[Examination] = []
-        self._guarded(lambda: examinations.extend(self._doctor.catch_up()))
+        self._guarded(lambda: examinations.extend(self._doctor.catch_up(step)))
         for examination in examinations:
             values: list[Any] = []
             self._guarded(functools.partial(self._after, examination, values))

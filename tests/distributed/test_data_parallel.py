@@ -11,10 +11,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import instrument
+from instrument.diagnose.history import UnitHistory
 from tests.distributed.pair import WORLD, Pair
 from tests.training import hooks_on, read_back
 
 STEPS = 5
+UNIT_STEPS = 128  # a window and more
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -169,6 +171,36 @@ def test_merged_records_are_those_of_the_whole_batch(pair: Pair, tmp_path: Path)
     assert histograms["Gradients/0.weight"] == [0, 2, 4]
     assert list(scalars["Activations.rms/2"]) == list(range(STEPS))
     assert len(list(tmp_path.rglob("*tfevents*"))) == 1, "rank 0 writes, no other"
+
+
+def dead_on(rank: int, logdir: str) -> dict[str, Any]:
+    """Of 8 units the last never fires on any rank; the one before fires on rank 1 alone."""
+    model = network()
+    linear = model[0]
+    assert isinstance(linear, nn.Linear)
+    with torch.no_grad():
+        linear.weight[6:] = 0.0
+        linear.weight[6, 0] = 1.0
+        linear.bias[6:] = -1.0
+    wrapped = DistributedDataParallel(model)
+    with instrument.watch(wrapped, ranks="merge", interval=2, scalar_interval=1, logdir=logdir, strict=True) as watcher:
+        for step in range(UNIT_STEPS):
+            inputs = batch(rank, step, 64)
+            inputs[:, 0] = 2.0 if rank else -2.0
+            wrapped(inputs).square().mean().backward()
+            watcher.step()
+    status = watcher.dead_units()["1"]
+    told = [(finding.diagnostic, finding.site, finding.unit) for finding in watcher.findings()]
+    return {"status": status, "told": told}
+
+
+def test_a_unit_is_dead_only_where_it_is_on_every_rank(pair: Pair, tmp_path: Path) -> None:
+    """Merged over ranks, units are judged by the samples of all, and every rank and the run say the same."""
+    first, second = pair.run(dead_on, str(tmp_path))
+    assert first == second
+    assert list(first["status"].dead) == [7]
+    read = UnitHistory.of_run(tmp_path)
+    assert list(read.latest["1"].dead) == [7]
 
 
 def test_each_rank_writes_a_run_of_its_own(pair: Pair, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +18,8 @@ from instrument.capture.names import Site
 from instrument.errors import RanksError
 from instrument.measure.custom_op import measure
 from instrument.measure.sketch import Sketch, merge_all
+from instrument.measure.slopes import slopes_named
+from instrument.measure.units import UnitTally, merge_tallies, tally_rows, tally_units
 from instrument.record.buffer import StepRecord
 from instrument.record.ranks.group import Position, RankGroup
 from instrument.record.ranks.merging import RecordMerger
@@ -128,6 +132,58 @@ def test_merged_over_ranks_is_merged_in_one_place(ranks: list[dict[str, list[flo
             for tag in tags:
                 parts = [records[step][tag] for records in steps if tag in records[step]]
                 assert_same(merged[tag], merge_all(parts))
+
+
+UNITS = st.lists(st.dictionaries(st.sampled_from("xyz"), st.integers(0, 99), max_size=3), min_size=2, max_size=4)
+
+
+def units_of(drawn: dict[str, int]) -> dict[str, UnitTally]:
+    """For each name a tally of its own kind and size, of values that the number draws; NaN among them now and then."""
+    found = {}
+    for name, seed in drawn.items():
+        z = torch.randn(1 + seed % 5, ord(name) - ord("u"), generator=torch.Generator().manual_seed(seed))
+        z[0, 0] = math.nan if seed % 4 == 0 else z[0, 0]
+        function = {"x": "relu", "y": "tanh", "z": None}[name]
+        found[name] = tally_units(z, 1, slopes_named(function) if function else None)
+    return {name: tally for name, tally in found.items() if isinstance(tally, UnitTally)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(UNITS)
+def test_units_merged_over_ranks_are_merged_in_one_place(ranks: list[dict[str, int]]) -> None:
+    """Whatever units each rank has, the tallies are those of all samples; late ones join."""
+    steps = [
+        [StepRecord(step, {}, 0.0, units=units_of(drawn if step else {})) for step in (0, 1, 2)] for drawn in ranks
+    ]
+    results, _ = merge_in_threads(steps, [{}] * len(ranks))
+    expected: dict[str, list[UnitTally]] = {}
+    for drawn in ranks:
+        for name, part in units_of(drawn).items():
+            expected.setdefault(name, []).append(part)
+    for found in results:
+        assert [set(merged.units) for merged in found] == [set(), set(expected), set(expected)]
+        for merged in found[1:]:
+            for name, parts in expected.items():
+                whole = merge_tallies(parts)
+                for field in dataclasses.fields(UnitTally):
+                    got, wanted = getattr(merged.units[name], field.name), getattr(whole, field.name)
+                    if isinstance(wanted, np.ndarray | float):
+                        np.testing.assert_allclose(got, wanted, rtol=1e-12, err_msg=field.name)
+                    else:
+                        assert got == wanted, field.name
+
+
+def test_rows_of_an_averaged_gradient_count_once() -> None:
+    """Rows that both ranks see are rows of one gradient, made of the samples of both."""
+    gradient = torch.ones(3, 2)
+    gradient[1] = 0.0
+    rows = tally_rows(gradient, 0, 16)
+    assert isinstance(rows, UnitTally)
+    results, _ = merge_in_threads([[StepRecord(0, {}, 0.0, units={"w": rows})]] * 2, [{}] * 2)
+    for (merged,) in results:
+        found = merged.units["w"]
+        assert (found.flat.tolist(), found.counted, found.samples) == ([0, 1, 0], 1, 32)
+        assert found.dead_flat.tolist() == [False, True, False]
 
 
 def test_two_reductions_a_flush_once_tags_are_known() -> None:

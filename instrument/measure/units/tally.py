@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -99,47 +99,44 @@ class UnitTally:
         """
         return merge_tallies((self, *others))
 
-    def to_arrays(self) -> dict[str, FloatArray | IntArray]:
-        """What ranks merge, by the operation that merges it; a rank without this tally gives that of `empty`.
+    def to_arrays(self) -> tuple[FloatArray, FloatArray]:
+        """What ranks merge; a rank that lacks this tally gives that of `empty`.
 
         Returns:
-            "min" (lows, and the two flags as 0.0 or 1.0, float64 of shape (3 * units,)), "max" (highs, float64 of shape
-            (units,)), "sum" (flat counts, then samples, batches and counted, int64 of shape (units + 3,)) and "sum of
-            squares" (float64 of shape (1,), to be summed too). MIN and MAX of NaN follow the collective in use.
+            What is merged by its maximum (lows with their sign turned, highs, and as 0.0 or 1.0 where NaN was and where
+            the two flags do not hold: float64 of shape (5 * units,)), and what is summed (flat counts, then samples,
+            batches, counted and the sum of squares: float64 of shape (units + 4,), exact below 2**53). NaN is a flag
+            of its own because what a collective makes of its maximum is not defined.
 
         Example:
             >>> tally = UnitTally.empty(3).merge()
-            >>> UnitTally.from_arrays(tally.to_arrays(), tally.function).units
+            >>> UnitTally.from_arrays(*tally.to_arrays(), tally.function).units
             3
         """
-        return {
-            "min": np.concatenate((self.low, self.dead_flat, self.never_flat), dtype=np.float64),
-            "max": self.high,
-            "sum": np.append(self.flat, (self.samples, self.batches, self.counted)),
-            "sum of squares": np.array([self.square_mean * self.samples]),
-        }
+        is_nan = np.isnan(self.low) | np.isnan(self.high)
+        low, high = np.where(is_nan, math.inf, self.low), np.where(is_nan, -math.inf, self.high)
+        flags = (is_nan, ~self.dead_flat, ~self.never_flat)
+        sums = (self.samples, self.batches, self.counted, self.square_mean * self.samples)
+        return np.concatenate((-low, high, *flags), dtype=np.float64), np.append(self.flat, sums).astype(np.float64)
 
     @classmethod
     def from_arrays(
-        cls,
-        arrays: Mapping[str, npt.NDArray[np.float64] | IntArray],
-        function: str | None,
-        witness: Witness = "activations",
+        cls, maxima: FloatArray, sums: FloatArray, function: str | None, witness: Witness = "activations"
     ) -> UnitTally:
-        """The tally of what `to_arrays` gave, each array merged over ranks by the operation of its name."""
-        low, dead_flat, never_flat = np.split(arrays["min"].astype(np.float64), 3)
-        samples, batches, counted = (int(number) for number in arrays["sum"][-3:])
+        """The tally of what `to_arrays` gave, merged over ranks."""
+        low, high, is_nan, is_not_dead, is_ever_flat = np.split(maxima, 5)
+        samples, batches, counted = (int(number) for number in sums[-4:-1])
         return cls(
             function,
             samples,
             batches,
-            low,
-            arrays["max"].astype(np.float64),
+            np.where(is_nan > 0, math.nan, -low),
+            np.where(is_nan > 0, math.nan, high),
             counted,
-            arrays["sum"][:-3].astype(np.int64),
-            dead_flat > 0,
-            never_flat > 0,
-            float(arrays["sum of squares"][0]) / samples if samples else 0.0,
+            sums[:-4].astype(np.int64),
+            is_not_dead <= 0,
+            is_ever_flat <= 0,
+            float(sums[-1]) / samples if samples else 0.0,
             witness,
         )
 

@@ -86,12 +86,12 @@ class MergingSink:
     def values(self, build: Callable[[], Built]) -> None:
         """Write what is built after the records before it; returns at once. On ranks that do not write, nothing."""
         inner = self._inner
-        if inner is not None:
+        if inner is None:
+            return
+        if self._worker.is_current:  # what was made of the record that has just been written belongs to it
+            inner.values(build)
+        else:
             self._worker.submit(lambda: inner.values(build), BYTES_PER_SKETCH)
-
-    def run(self, job: Callable[[], None]) -> None:
-        """Have something done after the records before it; returns at once."""
-        self._worker.submit(job, BYTES_PER_SKETCH)
 
     def records(self) -> tuple[StepRecord, ...]:
         """The merged records, oldest first; the last may be missing where other ranks are not that far."""
