@@ -136,6 +136,22 @@ def test_merging_needs_a_process_group(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+def watch_without_a_store(rank: int, logdir: str) -> str:
+    from instrument import torch_private
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(instrument.ConfigError) as caught:
+        patch.setattr(torch_private, "_lookup", lambda path: None)
+        instrument.watch(network(), ranks="merge", logdir=logdir)
+    return str(caught.value)
+
+
+def test_without_a_store_to_meet_at_merging_is_refused(pair: Pair, tmp_path: Path) -> None:
+    """In a torch that hides the store of its process group, "merge" says what it needs on every rank at once."""
+    for message in pair.run(watch_without_a_store, str(tmp_path / "run")):
+        assert message.startswith('ranks="merge" needs torch.distributed.init_process_group()')
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_environment_of_torchrun_tells_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before init_process_group, the rank that torchrun gave counts: rank 1 makes no file."""
     monkeypatch.setenv("RANK", "1")
