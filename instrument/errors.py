@@ -63,7 +63,7 @@ class InstrumentWarning(UserWarning):
     """Something could not be observed or written; training goes on."""
 
 
-def warn_quietly(message: str, stacklevel: int = 2) -> None:
+def warn_quietly(message: str, stacklevel: int | None = None) -> None:
     """Warn, but never raise: not even where the user turned warnings into errors.
 
     Used in hooks and on the writer thread, where an exception would end the user's training or the
@@ -71,9 +71,13 @@ def warn_quietly(message: str, stacklevel: int = 2) -> None:
 
     Args:
         message: What happened and what goes on, in one sentence.
-        stacklevel: As in `warnings.warn`, counted from the caller.
+        stacklevel: As in `warnings.warn`, counted from the caller; without it no line of code is shown, since what
+            goes on in the background has none that a user knows.
     """
     try:
-        warnings.warn(message, InstrumentWarning, stacklevel=stacklevel + 1)
+        if stacklevel is None:
+            warnings.warn_explicit(message, InstrumentWarning, "instrument", 1, "instrument")
+        else:
+            warnings.warn(message, InstrumentWarning, stacklevel=stacklevel + 1)
     except Warning:
         logging.getLogger("instrument").warning(message)

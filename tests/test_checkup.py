@@ -53,7 +53,7 @@ def dead(monkeypatch: pytest.MonkeyPatch) -> dict[str, UnitStatus]:
 def test_units_go_everywhere(dead: dict[str, UnitStatus], tmp_path: Path) -> None:
     """A dead layer is a warning, a finding, scalars, a row, a log entry and a document that the report reads back."""
     model = mlp()
-    with pytest.warns(instrument.InstrumentWarning, match="CRIT step 0 1: 6 of 10 units"):
+    with pytest.warns(instrument.InstrumentWarning, match="CRIT step 0, layer 1: 6 of 10 units"):
         watcher = instrument.watch(model, interval=4, scalar_interval=2, logdir=tmp_path, strict=True)
         train(model, sgd(model), 9)
         watcher.close()
@@ -66,7 +66,7 @@ def test_units_go_everywhere(dead: dict[str, UnitStatus], tmp_path: Path) -> Non
     assert list(health) == [0, 4, 8]
     assert "`1` | 10 | 60 % | 0.073 %" in health[8]
     log = texts(tmp_path, "health/events/text_summary")
-    assert log[0].splitlines()[0].startswith("* **CRIT** step 0 1: 6 of 10 units")
+    assert log[0].splitlines()[0].startswith("* **CRIT** step 0, layer 1: 6 of 10 units")
     assert "2 units fell silent and 0 came back" in log[0].splitlines()[1]
     (row,) = [row for row in Report.of_run(tmp_path).health if row.layer == "1"]
     assert (row.units, row.dead_fraction, row.saturated_fraction) == (10, 0.6, 0.125)

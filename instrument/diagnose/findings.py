@@ -7,7 +7,7 @@ import enum
 import math
 from typing import Any
 
-from instrument.capture.names import Site
+from instrument.capture.names import MODULE_KINDS, Site
 
 __all__ = ["Finding", "Level"]
 
@@ -41,7 +41,7 @@ class Finding:
         ...     "a quarter of the units is dead"
         ... )
         >>> print(found)
-        WARN step 400 blocks.0.act: a quarter of the units is dead
+        WARN step 400, layer blocks.0.act: a quarter of the units is dead
     """
 
     level: Level
@@ -75,5 +75,7 @@ class Finding:
         }
 
     def __str__(self) -> str:
-        where = f" {self.site.name}" if self.site is not None else ""
+        where = ""
+        if self.site is not None:
+            where = f", layer {self.site.name}" if self.site.kind in MODULE_KINDS else f", {self.site.name}"
         return f"{self.level} step {self.step}{where}: {self.sentence}"

@@ -39,6 +39,7 @@ __all__ = [
     "RANGE_FRACTION",
     "SKIPPED",
     "SUBNORMAL_FRACTION",
+    "UPDATE_GUIDE",
     "ParameterTraits",
     "Reading",
 ]
@@ -48,6 +49,9 @@ GLOBAL = "_global"
 
 GUIDE = "_guide"
 """Stands where a name stands, for a line to compare with."""
+
+UPDATE_GUIDE = -3.0
+"""The usual log10 of the size of updates over that of weights: Karpathy, "makemore" part 3, 2022; cs231n."""
 
 LOG10_RATIO = "log10_ratio"
 SUBNORMAL_FRACTION = "subnormal_fraction"

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from instrument.capture.names import Site
 from instrument.config import Config
 from instrument.diagnose.details import Latest, Row, detail_tables
 from instrument.diagnose.doctor import Doctor
@@ -167,18 +168,28 @@ class Report:
         console.print("Findings", style="bold")
         if not self.findings:
             console.print("  none: nothing looks wrong")
-        total = Counter((finding.level, finding.diagnostic) for finding in self.findings)
+        worst: dict[tuple[str, Site | None], Finding] = {}
+        since: dict[tuple[str, Site | None], int] = {}
+        for finding in self.findings:
+            what = finding.diagnostic, finding.site
+            since.setdefault(what, finding.step)
+            if what not in worst or finding.level >= worst[what].level:
+                worst[what] = finding
+        total = Counter((finding.level, finding.diagnostic) for finding in worst.values())
         shown: Counter[tuple[Level, str]] = Counter()
         table = Table.grid(padding=(0, 1))
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        for finding in sorted(self.findings, key=lambda finding: (-finding.level, finding.step)):
+        for finding in sorted(worst.values(), key=lambda finding: (-finding.level, finding.step)):
             key = finding.level, finding.diagnostic
             shown[key] += 1
             level = Text(f"  {finding.level}", style=_STYLES[finding.level])
             if shown[key] <= SAME_SHOWN:
-                where = Text(f"{finding.site.name}: " if finding.site is not None else "", style="bold")
+                first = since[finding.diagnostic, finding.site]
+                place = [finding.site.name] if finding.site is not None else []
+                place += [f"since step {first}"] if first < finding.step else []
+                where = Text(", ".join(place) + ": " * bool(place), style="bold")
                 table.add_row(level, f"step {finding.step}", where.append(Text(finding.sentence, style="not bold")))
             if shown[key] == SAME_SHOWN < total[key]:
                 table.add_row(

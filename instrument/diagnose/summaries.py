@@ -15,7 +15,7 @@ from instrument.diagnose.album import Album
 from instrument.diagnose.doctor import Doctor, Examination
 from instrument.diagnose.health import health_rows
 from instrument.diagnose.layout import layout_value
-from instrument.diagnose.readings import DERIVED, GUIDE, LOG10_RATIO, ParameterTraits, Reading
+from instrument.diagnose.readings import DERIVED, GUIDE, LOG10_RATIO, UPDATE_GUIDE, ParameterTraits, Reading
 from instrument.diagnose.report import health_markdown
 from instrument.diagnose.units import UnitStatus, encode
 from instrument.record.documents import UNITS_TAG, WATCH_TAG, document, packed
@@ -25,9 +25,6 @@ __all__ = ["EVENTS_TAG", "HEALTH_TAG", "Summaries"]
 
 HEALTH_TAG = "health"
 EVENTS_TAG = "health/events"
-
-UPDATE_GUIDE = -3.0
-"""The usual log10 of the size of updates over that of weights (Karpathy; cs231n)."""
 
 _EVENTS_KEPT = 200
 """Lines of the log of events; each text holds them all, since TensorBoard shows a sample of the texts of a tag."""
@@ -65,7 +62,7 @@ class Summaries:
         values = _derived(reading)
         if not self._has_layout:
             self._has_layout = True
-            values.append(layout_value())
+            values.append(layout_value(self._config["kinds"]))
         lines = [f"**{found.level}** {_escaped(str(found).partition(' ')[2])}" for found in examination.told]
         lines += self._births_and_deaths(reading)
         if lines:

@@ -9,7 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
 from instrument.capture.names import Site
-from instrument.diagnose.layout import GUIDE, health_layout, layout_value
+from instrument.config import Config
+from instrument.diagnose.layout import CHARTS, health_layout, layout_value
+from instrument.diagnose.readings import GUIDE
 from instrument.record.tags import tag_of
 
 from .statuses import write_values
@@ -25,9 +27,15 @@ def test_tensorboard_finds_the_layout_in_a_run(tmp_path: Path) -> None:
     assert layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]) == health_layout()
 
 
-def test_every_run_gets_the_identical_layout() -> None:
-    """Layouts of several runs merge into one only where they are the same, byte for byte."""
-    assert layout_value().SerializeToString() == layout_value().SerializeToString()
+def test_charts_that_would_stay_empty_are_left_out() -> None:
+    """By default no update is watched, so there is no chart of updates; the others are the same in every layout."""
+    whole = {chart.title: chart for chart in health_layout().category[0].chart}
+    assert list(whole) == list(CHARTS)
+    usual = list(health_layout(Config().kinds).category[0].chart)
+    assert [chart.title for chart in usual] == [title for title in CHARTS if "update" not in title]
+    assert all(whole[chart.title] == chart for chart in usual)
+    (alone,) = health_layout(["updates"]).category[0].chart
+    assert "guide at -3" in alone.title
 
 
 def test_charts_take_their_own_tags_and_no_others() -> None:
