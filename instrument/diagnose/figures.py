@@ -214,7 +214,7 @@ def as_value(tag: str, image: Image.Image) -> Summary.Value:
         4
     """
     file = io.BytesIO()
-    image.save(file, "PNG")
+    image.save(file, "PNG", compress_level=1)  # 7 ms instead of 11, for files of 38 kB instead of 31
     return Summary.Value(
         tag=tag,
         image=Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=file.getvalue()),

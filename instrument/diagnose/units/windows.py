@@ -30,6 +30,9 @@ __all__ = ["CONSTANT_RANGE", "RARE_RATE", "UnitWindows"]
 CONSTANT_RANGE = 1e-6
 """Range of a constant unit, of the root mean square of its layer: a few units in the last place of float32."""
 
+MERGE_AFTER = 8
+"""Tallies that are kept apart before they are merged; the history keeps the records that they belong to longer."""
+
 PARTS = 4
 """Parts of a window; one that is full pushes out the oldest."""
 
@@ -37,18 +40,29 @@ RARE_RATE = 0.01
 """Share of samples on which a rare unit is not flat, at most."""
 
 
-@dataclasses.dataclass
 class _Span:
-    """Tallies of some steps, merged."""
+    """Tallies of some steps; they are merged by and by, since merging two costs as much as merging eight."""
 
-    tally: UnitTally
-    first_step: int
-    last_step: int
+    def __init__(self, step: int, tally: UnitTally) -> None:
+        self.first_step = self.last_step = step
+        self.samples = tally.samples
+        self.batches = tally.batches
+        self._tallies = [tally]
 
     def add(self, step: int, tally: UnitTally) -> None:
         """Add the tally of a later step."""
-        self.tally = self.tally.merge(tally)
         self.last_step = step
+        self.samples += tally.samples
+        self.batches += tally.batches
+        self._tallies.append(tally)
+        if len(self._tallies) > MERGE_AFTER:
+            self._tallies = [self.tally]
+
+    @property
+    def tally(self) -> UnitTally:
+        """All of them merged."""
+        self._tallies = [merge_tallies(self._tallies)]
+        return self._tallies[0]
 
 
 class _Window:
@@ -75,17 +89,17 @@ class _Window:
         every = self._config.histogram_interval
         is_new = self.interval is not None and (step - 1) // every != (self.interval.last_step - 1) // every
         self.interval = _joined(None if is_new else self.interval, step, tally)
-        if self._is_part(self.filling.tally):
+        if self._is_part(self.filling):
             self.parts = [*self.parts[1 - PARTS :], self.filling]
             self.filling = None
             self.full_parts += 1
             if self.full_parts % PARTS == 0:
                 self._compare(merge_tallies(part.tally for part in self.parts))
 
-    def _is_part(self, tally: UnitTally) -> bool:
+    def _is_part(self, span: _Span) -> bool:
         return (
-            PARTS * tally.samples >= self._config.dead_window_samples
-            and PARTS * tally.batches >= self._config.dead_window_batches
+            PARTS * span.samples >= self._config.dead_window_samples
+            and PARTS * span.batches >= self._config.dead_window_batches
         )
 
     def _compare(self, window: UnitTally) -> None:
@@ -97,19 +111,17 @@ class _Window:
             self.still_dead = _rounded(np.mean(dead[before])) if before.any() else None
         self.dead = dead
 
-    def evidence(self) -> _Span | None:
-        """All parts together."""
-        spans = [*self.parts, self.filling] if self.filling is not None else self.parts
-        if not spans:
-            return None
-        return _Span(merge_tallies(span.tally for span in spans), spans[0].first_step, spans[-1].last_step)
+    @property
+    def evidence(self) -> list[_Span]:
+        """All parts, the one that fills included."""
+        return [*self.parts, self.filling] if self.filling is not None else self.parts
 
     def status(self, name: str) -> UnitStatus:
         """What is known of the units."""
-        evidence = self.evidence()
-        if evidence is None:
+        evidence = self.evidence
+        if not evidence:
             return UnitStatus(name, self.pattern.function, self.pattern.units, witness=self.pattern.witness)
-        tally = evidence.tally
+        tally = merge_tallies(span.tally for span in evidence)
         status = UnitStatus(
             name,
             tally.function,
@@ -120,8 +132,8 @@ class _Window:
             batches=tally.batches,
             rate_bound=min(1.0, 3 / tally.samples),
             verdict="watching",
-            first_step=evidence.first_step,
-            last_step=evidence.last_step,
+            first_step=evidence[0].first_step,
+            last_step=evidence[-1].last_step,
             windows=self.dead_windows,
             births=self.births,
             deaths=self.deaths,
@@ -203,7 +215,7 @@ class UnitWindows:
 def _joined(span: _Span | None, step: int, tally: UnitTally) -> _Span:
     """A span with one more tally, or a new one."""
     if span is None:
-        return _Span(tally, step, step)
+        return _Span(step, tally)
     span.add(step, tally)
     return span
 
