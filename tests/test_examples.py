@@ -93,7 +93,25 @@ def test_vanishing_finds_the_sigmoids_and_nothing_in_their_twins(tmp_path: Path)
     assert float(rows[0][3]) > 1e-3 * float(rows[-1][3])
 
 
-@pytest.mark.parametrize("name", ["dead_relu", "find_the_nan", "vanishing"])
+ILLNESSES = ["dead_relu", "find_the_nan", "vanishing"]
+
+
+@pytest.mark.parametrize("name", ILLNESSES)
+def test_the_gallery_shows_what_the_examples_print(name: str, tmp_path: Path) -> None:
+    """Each line of a page that holds no number, which may be another on another machine, is a line of the output."""
+    page = EXAMPLES / "gallery" / f"{name}.md"
+    assert f"](examples/gallery/{page.name})" in (EXAMPLES.parent / "README.md").read_text()
+    text = page.read_text()
+    assert all((page.parent / picture).is_file() for picture in re.findall(r"!\[[^]]*]\(([^)]+)\)", text))
+    shown = text.split("prints\n\n```\n")[1].split("\n```")[0].splitlines()
+    lines = [" ".join(line.strip(" ─").split()) for line in shown if not re.search(r"\d", line)]
+    printed = {" ".join(line.strip(" ─").split()) for line in run(name, cwd=tmp_path).splitlines()}
+    headings = [line for line in lines if line.startswith(("layer ", "Health", "Findings", "---", "rms of", "none"))]
+    assert len(headings) >= 2 - (name == "vanishing")
+    assert set(headings) <= printed
+
+
+@pytest.mark.parametrize("name", ILLNESSES)
 def test_examples_of_illnesses_are_short(name: str) -> None:
     """Each can be read on one screen or two: fewer than 80 lines."""
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
