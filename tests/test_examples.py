@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,12 @@ def run(name: str, *arguments: str, cwd: Path) -> str:
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """What an example without arguments prints; each runs once."""
+    return functools.cache(lambda name: run(name, cwd=tmp_path_factory.mktemp(name)))
 
 
 def test_char_gpt_trains_on_a_text_and_shows_what_the_watch_saw(tmp_path: Path) -> None:
@@ -54,9 +62,9 @@ def test_by_hand_is_the_loop_of_the_original_document(tmp_path: Path) -> None:
     assert read_back(logdir)[0]["Activations/layer1_output"] == [0, 100, 200]
 
 
-def test_dead_relu_names_the_dead_units_and_compares(tmp_path: Path) -> None:
+def test_dead_relu_names_the_dead_units_and_compares(printed: Callable[[str], str]) -> None:
     """The hot run has more than a tenth of its units dead, the cool one less; the comparison says where they part."""
-    out = run("dead_relu", cwd=tmp_path)
+    out = printed("dead_relu")
     hot, cool, comparison = re.split("^--- .*$", out, flags=re.MULTILINE)[1:]
     shares = [
         sum(int(count) for count in re.findall(r"^[13]: (\d+) of 128 units dead", text, re.MULTILINE)) / 256
@@ -69,18 +77,18 @@ def test_dead_relu_names_the_dead_units_and_compares(tmp_path: Path) -> None:
     assert "The runs part at step 0" in comparison
 
 
-def test_find_the_nan_names_the_layer_it_began_in(tmp_path: Path) -> None:
+def test_find_the_nan_names_the_layer_it_began_in(printed: Callable[[str], str]) -> None:
     """The first offender is the division, and the steps before it are shown."""
-    out = run("find_the_nan", cwd=tmp_path)
+    out = printed("find_the_nan")
     step = re.search(r"^the loss is nan at step (\d+)$", out, re.MULTILINE)
     assert step is not None
     assert f"It began in the activations of standardize at step {step[1]}. The steps before:" in out
     assert len(re.findall(r"^  step \d+: \d+ % zeros in act, 0 NaN", out, re.MULTILINE)) >= 3
 
 
-def test_vanishing_finds_the_sigmoids_and_nothing_in_their_twins(tmp_path: Path) -> None:
+def test_vanishing_finds_the_sigmoids_and_nothing_in_their_twins(printed: Callable[[str], str]) -> None:
     """The deep network of sigmoids is told that its gradient vanishes and does not learn; its twins are well and do."""
-    out = run("vanishing", cwd=tmp_path)
+    out = printed("vanishing")
     sigmoid, relu, residual = re.split("^--- ", out.split("rms of the gradients")[0], flags=re.MULTILINE)[1:]
     losses = [float(text.split("loss ")[1].split()[0]) for text in (sigmoid, relu, residual)]
     assert losses[0] > 0.6
@@ -97,7 +105,7 @@ ILLNESSES = ["dead_relu", "find_the_nan", "vanishing"]
 
 
 @pytest.mark.parametrize("name", ILLNESSES)
-def test_the_gallery_shows_what_the_examples_print(name: str, tmp_path: Path) -> None:
+def test_the_gallery_shows_what_the_examples_print(name: str, printed: Callable[[str], str]) -> None:
     """Each line of a page that holds no number, which may be another on another machine, is a line of the output."""
     page = EXAMPLES / "gallery" / f"{name}.md"
     assert f"](examples/gallery/{page.name})" in (EXAMPLES.parent / "README.md").read_text()
@@ -105,10 +113,10 @@ def test_the_gallery_shows_what_the_examples_print(name: str, tmp_path: Path) ->
     assert all((page.parent / picture).is_file() for picture in re.findall(r"!\[[^]]*]\(([^)]+)\)", text))
     shown = text.split("prints\n\n```\n")[1].split("\n```")[0].splitlines()
     lines = [" ".join(line.strip(" ─").split()) for line in shown if not re.search(r"\d", line)]
-    printed = {" ".join(line.strip(" ─").split()) for line in run(name, cwd=tmp_path).splitlines()}
+    found = {" ".join(line.strip(" ─").split()) for line in printed(name).splitlines()}
     headings = [line for line in lines if line.startswith(("layer ", "Health", "Findings", "---", "rms of", "none"))]
     assert len(headings) >= 2 - (name == "vanishing")
-    assert set(headings) <= printed
+    assert set(headings) <= found
 
 
 @pytest.mark.parametrize("name", ILLNESSES)

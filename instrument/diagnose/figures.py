@@ -174,7 +174,7 @@ def depth_profile(title: str, names: Sequence[str], then: npt.ArrayLike, now: np
     _write(draw, (MARGIN, 60), f"step {steps[0]}", THEN)
     start = MARGIN + draw.textlength(f"step {steps[0]}", _font(TEXT_SIZE))
     _write(draw, (start + 40, 60), f"now, step {steps[1]}", NOW)
-    _write(draw, (WIDTH // 2, HEIGHT - 30), f"{len(names)} layers, first to last", SOFT_TEXT, "mm")
+    _write(draw, (WIDTH // 2, HEIGHT - 30), f"from the first to the last of {len(names)}", SOFT_TEXT, "mm")
     return image
 
 
