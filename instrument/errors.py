@@ -15,7 +15,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
+import threading
 import warnings
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "RunError",
     "SelectionError",
     "UnmeasurableError",
+    "keep_interrupt",
     "warn_quietly",
 ]
 
@@ -81,3 +85,16 @@ def warn_quietly(message: str, stacklevel: int | None = None) -> None:
             warnings.warn(message, InstrumentWarning, stacklevel=stacklevel + 1)
     except Warning:
         logging.getLogger("instrument").warning(message)
+
+
+def keep_interrupt() -> None:
+    """At the end of what is done at exit: have a process that Ctrl-C has ended still end by SIGINT.
+
+    Python notes an interrupt that nobody caught in a flag that each `exec` or `eval` of a text clears, and dataclasses
+    and named tuples are made of texts: without this, a module that is first imported while a watch is closed turns
+    the exit by signal, by which a shell's loop knows to stop, into exit code 1 (CPython 3.11, Python/pythonrun.c).
+    """
+    is_exit = not threading.main_thread().is_alive() and not hasattr(sys, "ps1")
+    if is_exit and getattr(sys, "last_type", None) is KeyboardInterrupt:
+        with contextlib.suppress(KeyboardInterrupt):
+            exec("raise KeyboardInterrupt")  # noqa: S102  # no word of a user is in it

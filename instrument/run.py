@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import atexit
 import builtins
-import contextlib
 import functools
 import gc
 import importlib.machinery
@@ -36,7 +35,7 @@ import torch
 from torch import nn
 
 from instrument.capture.names import named_modules
-from instrument.errors import InstrumentError, RunError
+from instrument.errors import InstrumentError, RunError, keep_interrupt
 from instrument.record.runs import LOGS, event_files
 from instrument.torch_private import children_of, parameters_of
 from instrument.watcher.keywords import check_keywords
@@ -88,7 +87,6 @@ class Script:
         except SystemExit:
             raise
         except BaseException as error:
-            self._finder.is_interrupted = isinstance(error, KeyboardInterrupt)
             _show_without_us(error)
             raise
 
@@ -180,8 +178,6 @@ class ModelFinder:
         self._refused: list[weakref.ref[nn.Module]] = []
         self._directory: Path | None = None
         self._has_script_watches = False
-        self.is_interrupted = False
-        """Whether Ctrl-C ended the script."""
 
     def start(self) -> None:
         """Begin to look, in this process and for good; close the watches and say where the runs are at its exit."""
@@ -206,8 +202,7 @@ class ModelFinder:
         line = self._line()
         if line:
             _say(line)
-        if self.is_interrupted:
-            _end_by_signal()
+        keep_interrupt()
 
     def _line(self) -> str:
         if self._interval <= 0:
@@ -331,17 +326,6 @@ def _roots_of(module: nn.Module, parents: dict[int, list[nn.Module]]) -> list[nn
             seen[id(lower)] = lower
             waiting += parents.get(id(lower), [])
     return [above for key, above in seen.items() if key not in parents] or [module]
-
-
-def _end_by_signal() -> None:
-    """Have this process end by SIGINT, as Python ends one whose script was interrupted.
-
-    Python notes an interrupt that nobody caught in a flag that each `exec` or `eval` of a text clears, and dataclasses
-    and named tuples are made of texts: without this, a module that is first imported while watches are closed turns
-    the exit by signal, by which a shell's loop knows to stop, into exit code 1 (CPython 3.11, Python/pythonrun.c).
-    """
-    with contextlib.suppress(KeyboardInterrupt):
-        exec("raise KeyboardInterrupt")  # noqa: S102  # no word of a user is in it
 
 
 def _say(text: str) -> None:

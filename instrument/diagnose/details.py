@@ -12,11 +12,11 @@ from rich.table import Table
 
 from instrument.config import SECTIONS
 from instrument.record.buffer import StepRecord
+from instrument.record.statistics import COLUMNS
 from instrument.record.tags import COUNTS, STATISTICS, Tag, parse_tag
 
 __all__ = ["COLUMNS", "Latest", "Row", "detail_tables"]
 
-COLUMNS = (*STATISTICS, *COUNTS)
 _HEADINGS = {
     "rms": "rms",
     "mean": "mean",

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from instrument.capture.names import Site
@@ -28,7 +30,8 @@ from instrument.diagnose.units import UnitStatus
 from instrument.measure.histogram import count_below
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord, Traits
-from instrument.record.tags import COUNTS, STATISTICS, Tag, parse_tag
+from instrument.record.statistics import COLUMNS
+from instrument.record.tags import STATISTICS, Tag, parse_tag
 
 __all__ = [
     "DERIVED",
@@ -61,8 +64,9 @@ SKIPPED = Tag("gradients", "skipped", GLOBAL)
 DERIVED = frozenset({"l2", "skipped", LOG10_RATIO, SUBNORMAL_FRACTION, RANGE_FRACTION})
 """Statistics that are written because a reading needs them."""
 
-_NUMBERS = tuple({**STATISTICS, **COUNTS}.items())
-_EVERY = frozenset(name for name, _ in _NUMBERS) | DERIVED
+_COUNTED = len(STATISTICS)
+"""The column of `COLUMNS` from which on there are counts."""
+_EVERY = frozenset(COLUMNS) | DERIVED
 _NARROW_MAX = 1e6
 """Formats that end below this are narrow: float16 and float8."""
 
@@ -119,19 +123,15 @@ class Reading:
         Returns:
             The reading.
         """
-        values: dict[Tag, float] = {}
-        squares, has_gradients = 0.0, False
+        table = record.statistics()
+        is_known = ~np.isnan(table)
+        is_known[:, _COUNTED:] &= (table[:, _COUNTED:] > 0) | ~is_known[:, :1]  # 0 where all else lacks
+        tags = [tag for name in record for tag in _tags_of(name)]
+        values = dict(itertools.compress(zip(tags, table.ravel().tolist(), strict=True), is_known.ravel().tolist()))
+        squares: list[float] = []
         known: dict[str, ParameterTraits] = {}
-        for name, sketch in record.items():
-            tags = _tags_of(name)
-            if sketch.count:
-                for tag, (_, compute) in zip(tags, _NUMBERS, strict=True):
-                    number = compute(sketch)
-                    if number or tag.statistic not in COUNTS:
-                        values[tag] = float(number)
-            else:
-                values[tags[-2]], values[tags[-1]] = float(sketch.nan_count), float(sketch.inf_count)
-            kind, parameter = tags[0].kind, tags[0].name
+        for first, (name, sketch) in zip(tags[:: len(COLUMNS)], record.items(), strict=True):
+            kind, _, parameter = first
             traits = record.traits.get(name)
             if traits is not None:
                 if kind == "parameters":
@@ -139,10 +139,9 @@ class Reading:
                 if _is_narrow(traits.dtype):
                     values.update(_of_narrow(kind, parameter, sketch, traits))
             if kind == "gradients":
-                has_gradients = True
-                squares += sketch.total_squares
-        if has_gradients:
-            values[GLOBAL_L2] = math.sqrt(squares)
+                squares.append(sketch.total_squares)
+        if squares:
+            values[GLOBAL_L2] = math.sqrt(sum(squares))
         if record.skipped:
             values[SKIPPED] = 1.0
         values.update(_ratios(values, known))
@@ -209,10 +208,10 @@ class Reading:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _tags_of(tag: str) -> tuple[Tag, ...]:
-    """The tags of all statistics of a sketch, in the order of `_NUMBERS`."""
+    """The tags of all statistics of a sketch, in the order of `COLUMNS`."""
     parsed = parse_tag(tag)
     assert parsed is not None
-    return tuple(Tag(parsed.kind, statistic, parsed.name) for statistic, _ in _NUMBERS)
+    return tuple(Tag(parsed.kind, statistic, parsed.name) for statistic in COLUMNS)
 
 
 @functools.cache

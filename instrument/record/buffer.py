@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from instrument.capture.names import Site
 from instrument.measure.batch import Later
+from instrument.measure.histogram import FloatArray
 from instrument.measure.sketch import Sketch, merge_all
 from instrument.measure.units import DeviceTally, UnitTally, merge_tallies
+from instrument.record.statistics import SLICE, statistics_of, yield_lock
 from instrument.record.tags import tag_of
 
 __all__ = ["Buffer", "StepRecord", "Traits"]
@@ -88,7 +92,7 @@ class StepRecord(Mapping[str, Sketch]):
         (3, 1.0)
     """
 
-    __slots__ = ("_sketches", "skipped", "step", "traits", "units", "wall_time")
+    __slots__ = ("_sketches", "_statistics", "skipped", "step", "traits", "units", "wall_time")
 
     def __init__(
         self,
@@ -106,6 +110,7 @@ class StepRecord(Mapping[str, Sketch]):
         self.units = units
         self.traits = traits
         self._sketches = dict(sketches)
+        self._statistics: FloatArray | None = None
 
     def __getitem__(self, tag: str) -> Sketch:
         found = self._sketches[tag]
@@ -118,6 +123,21 @@ class StepRecord(Mapping[str, Sketch]):
 
     def __len__(self) -> int:
         return len(self._sketches)
+
+    def statistics(self) -> FloatArray:
+        """The statistics of all sketches, worked out once; see `statistics_of`.
+
+        Returns:
+            Float64 of shape (sketches, `COLUMNS`), in the order of the record.
+        """
+        if self._statistics is None:
+            sketches = iter(self.values())
+            parts = []
+            for _ in range(0, len(self), SLICE):
+                yield_lock()
+                parts.append(statistics_of(itertools.islice(sketches, SLICE)))
+            self._statistics = np.concatenate(parts) if parts else statistics_of(())
+        return self._statistics
 
     def joined(self, later: StepRecord) -> StepRecord:
         """This record with what a later one of the same step adds to it."""

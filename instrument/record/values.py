@@ -7,7 +7,6 @@ by slice: between two slices the training thread may have the interpreter lock, 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -17,14 +16,10 @@ from instrument.config import SECTIONS
 from instrument.measure.histogram import FloatArray, Histograms, IntArray, Knots, histograms, log10_histograms
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord
+from instrument.record.statistics import SLICE, yield_lock
 from instrument.record.tags import COUNTS, LOG10, LOG10_KINDS, STATISTICS
 
 __all__ = ["HistogramSlice", "histogram_slices", "scalar_values"]
-
-SLICE = 128
-"""Tensors that are worked on together: enough that calls are cheap, so few that each takes less than a millisecond."""
-
-BREATH_SECONDS = 5e-5
 
 _SPREAD_SECTIONS = frozenset(SECTIONS[kind] for kind in LOG10_KINDS)
 
@@ -74,21 +69,22 @@ def scalar_values(record: StepRecord, counted: set[str]) -> tuple[list[str], Flo
     Returns:
         Tags, and as many numbers of shape (n,).
     """
-    tags: list[str] = []
-    numbers: list[float] = []
-    for place, (tag, sketch) in enumerate(record.items()):
-        if place % SLICE == 0:
-            _yield_lock()
-        if sketch.count:
+    table = record.statistics()
+    has_values = ~np.isnan(table[:, 0])
+    is_spoilt = table[:, len(_STATISTICS) :].any()
+    if has_values.all() and not is_spoilt and not counted:
+        tags = [scalar_tag for tag in record for scalar_tag in _tags_under(tag, _STATISTICS)]
+        return tags, table[:, : len(_STATISTICS)].ravel()
+    tags, numbers = [], []
+    for tag, has_value, row in zip(record, has_values.tolist(), table.tolist(), strict=True):
+        if has_value:
             tags += _tags_under(tag, _STATISTICS)
-            numbers += [compute(sketch) for compute in STATISTICS.values()]
-        if counted or sketch.nan_count or sketch.inf_count:
-            for scalar_tag, count in zip(_tags_under(tag, _COUNTS), COUNTS.values(), strict=True):
-                number = count(sketch)
-                if number or scalar_tag in counted:
-                    counted.add(scalar_tag)
-                    tags.append(scalar_tag)
-                    numbers.append(number)
+            numbers += row[: len(_STATISTICS)]
+        for scalar_tag, number in zip(_tags_under(tag, _COUNTS), row[len(_STATISTICS) :], strict=True):
+            if number or scalar_tag in counted:
+                counted.add(scalar_tag)
+                tags.append(scalar_tag)
+                numbers.append(number)
     return tags, np.array(numbers, np.float64)
 
 
@@ -118,16 +114,8 @@ def histogram_slices(record: StepRecord) -> Iterator[HistogramSlice]:
             (spread if is_spread else even).append((tag, sketch))
     for measured, with_log10 in ((even, False), (spread, True)):
         for start in range(0, len(measured), SLICE):
-            _yield_lock()
+            yield_lock()
             yield from _slices(measured[start : start + SLICE], with_log10)
-
-
-def _yield_lock() -> None:
-    """Let another thread have the interpreter lock, which a thread otherwise keeps for 5 ms where it can.
-
-    To sleep no time at all would give the lock up and take it again before anybody has woken.
-    """
-    time.sleep(BREATH_SECONDS)
 
 
 def _slices(measured: _Measured, with_log10: bool) -> Iterator[HistogramSlice]:
@@ -135,7 +123,7 @@ def _slices(measured: _Measured, with_log10: bool) -> Iterator[HistogramSlice]:
     total, squares = np.array([(sketch.total, sketch.total_squares) for _, sketch in measured]).T
     yield _slice([tag for tag, _ in measured], histograms(knots), knots.count, total, squares)
     if with_log10:
-        _yield_lock()
+        yield_lock()
         tags = [_tags_under(tag, (LOG10,))[0] for tag, _ in measured]
         nothing = np.zeros(len(tags))
         yield _slice(tags, log10_histograms(knots), knots.count - knots.zeros, nothing, nothing)

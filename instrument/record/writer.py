@@ -20,7 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 
-from instrument.errors import ConfigError, warn_quietly
+from instrument.errors import ConfigError, keep_interrupt, warn_quietly
 from instrument.record.buffer import StepRecord
 from instrument.record.event_file import EventFile
 from instrument.record.losses import Losses
@@ -151,7 +151,7 @@ class SummaryWriter(TorchSummaryWriter):
             own.file_writer = _FileWriter(logdir, self.filename_suffix, self.purge_step)
             own.purge_step = None
             own.all_writers = {logdir: own.file_writer}
-            weakref.finalize(self, own.file_writer.event_writer.close)
+            weakref.finalize(self, _close_at_exit, own.file_writer.event_writer.close)
         writer: _FileWriter = own.file_writer
         return writer
 
@@ -376,6 +376,11 @@ class ForeignSink:
         if not self._has_failed:
             self._has_failed = True
             warn_quietly(f"the writer given raised {type(error).__name__}: {error}; training goes on")
+
+
+def _close_at_exit(close: Callable[[], None]) -> None:
+    close()
+    keep_interrupt()
 
 
 def _report(error: Exception) -> None:

@@ -17,6 +17,7 @@ from instrument.config import Config
 from instrument.diagnose.findings import Finding
 from instrument.diagnose.report import Report
 from instrument.diagnose.units import UnitStatus
+from instrument.errors import keep_interrupt
 from instrument.record.buffer import StepRecord
 from instrument.record.losses import Losses
 from instrument.record.ranks.group import RankGroup
@@ -201,6 +202,7 @@ class Watcher:
         """The model is gone, or the interpreter exits: by an exception, if one was the last to be printed."""
         error = getattr(sys, "last_value", None)
         self._close(error if self._model() is not None else None)
+        keep_interrupt()
 
     def _close(self, cause: BaseException | None) -> None:
         if self._is_closed:

@@ -16,8 +16,9 @@ from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from instrument.measure.batch import measure_many
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord
+from instrument.record.statistics import SLICE
 from instrument.record.tags import STATISTICS
-from instrument.record.values import SLICE, histogram_slices, scalar_values
+from instrument.record.values import histogram_slices, scalar_values
 from instrument.record.wire import ScalarLayout, event, histogram_values
 from instrument.record.writer import sink_for
 
