@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from instrument.measure.cpu import BLOCK, measure_exactly
+from instrument.measure.cpu import BLOCK, count_numbers, measure_exactly
 from instrument.measure.custom_op import measure
 from instrument.measure.histogram import CODES, SIGN
 from instrument.measure.sketch import IntArray, Sketch
@@ -342,4 +342,4 @@ def _count_numbers(codes: IntArray, lengths: IntArray) -> tuple[IntArray, IntArr
     np.take(_room.numbers, codes, out=keys, mode="clip")  # other modes copy what they are given
     firsts = np.arange(lengths.size + 1) * (_room.present.size + 1)
     np.add(keys, np.repeat(firsts[:-1].astype(np.int32), lengths), out=keys)
-    return firsts, torch.bincount(_room.keys[: codes.size], minlength=int(firsts[-1])).numpy()
+    return firsts, count_numbers(_room.keys[: codes.size], int(firsts[-1]))

@@ -4,10 +4,14 @@ What shaped it, measured on one core with torch 2.13 and NumPy 2.4 (nanoseconds 
 
 * blocks of 131,072 elements take 1.6 in all, of 32,704 take 2.2 and of 16,384 take 2.8: the calls of NumPy and
   torch are dearer than they look, and 1 MB of float64 scratch still lies in a second-level cache of today;
-* NumPy computes on the calling thread only, whereas torch wakes its threads inside every operation from 32,768
-  elements on, which costs more than it gains; `numpy.dot` wakes none up to 10,000 elements;
+* NumPy computes on the calling thread only; `numpy.dot` wakes no other up to 10,000 elements;
 * `torch.bincount` of int32 takes 1.1, `numpy.bincount`, which wants int64, 1.4; below a few thousand elements
   the shorter call of NumPy wins;
+* sharing the pieces of a large tensor with threads of our own gained nothing on two cores, 2.1 in place of 1.8: a piece
+  is a dozen operations of 20 to 100 us, and after each the threads wait for one another's interpreter lock;
+* inside an operation of 32,768 elements or more torch wakes its own threads, and waits for them: on a busy machine
+  `torch.bincount` of a block took 0.1 ms with one thread and 12 ms with two. A forked child waits for ever. So torch
+  is given less than that at a time wherever it may use threads, for 0.03 ms a block;
 * `count_nonzero` branches on each value, 4.6 for the output of a ReLU; compare and count takes 0.1.
 
 Sums are of float64 copies: sums of squares in float32 overflow from 1.8e19 on, and a variance far from zero
@@ -19,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -28,13 +33,16 @@ import torch
 from instrument.measure.sketch import CODES, FloatArray, IntArray, Sketch, empty_moments
 from instrument.measure.tensors import Values, chunks
 
-__all__ = ["BLOCK", "accumulate_cpu", "measure_cpu", "measure_exactly"]
+__all__ = ["BLOCK", "accumulate_cpu", "count_numbers", "measure_cpu", "measure_exactly"]
 
 BLOCK = 131_072
 """Elements in a block."""
 
 SMALL = 8192
 """Up to here `numpy.bincount` is used; also the length of the pieces that `numpy.dot` is given."""
+
+GRAIN = 32_768
+"""Elements from which on torch wakes its threads inside an operation: `at::internal::GRAIN_SIZE`."""
 
 _WIDE = frozenset(
     dtype
@@ -184,11 +192,21 @@ def _spread(counts: IntArray, zeros: int, others: int) -> IntArray:
     return spread
 
 
+def _dots(first: FloatArray, second: FloatArray) -> FloatArray:
+    """Stands for `numpy.vecdot` where there is none, before NumPy 2: a call a row, which is 13 us a block dearer."""
+    return np.array([np.dot(a, b) for a, b in zip(first, second, strict=True)])
+
+
+_dot_of_rows: Callable[[FloatArray, FloatArray], FloatArray] = getattr(np, "vecdot", _dots)
+
+
 def _sum_of_squares(values: FloatArray) -> float:
-    if values.size <= SMALL:
-        return float(np.dot(values, values))
-    pieces = (values[start : start + SMALL] for start in range(0, values.size, SMALL))
-    return float(sum(np.dot(piece, piece) for piece in pieces))
+    whole = values.size // SMALL * SMALL
+    total = float(np.dot(values[whole:], values[whole:]))
+    if whole:
+        rows = values[:whole].reshape(-1, SMALL)
+        total += sum(_dot_of_rows(rows, rows).tolist())
+    return total
 
 
 def _as_floats(piece: torch.Tensor) -> tuple[_Float32Array, _Float32Array | FloatArray]:
@@ -202,11 +220,38 @@ def _as_floats(piece: torch.Tensor) -> tuple[_Float32Array, _Float32Array | Floa
     single = _scratch.float32_array[:size]
     if piece.dtype in _WIDE:
         double = _scratch.float64_array[:size]
-        _scratch.float64[:size].view(piece.shape).copy_(piece)
+        _copy(piece, _scratch.float64[:size])
         np.copyto(single, double, casting="same_kind")
         return single, double
-    _scratch.float32[:size].view(piece.shape).copy_(piece)
+    _copy(piece, _scratch.float32[:size])
     return single, single
+
+
+def _copy(piece: torch.Tensor, flat: torch.Tensor) -> None:
+    """Copy a piece into scratch without waking torch's threads."""
+    if flat.numel() < GRAIN or torch.get_num_threads() == 1 or piece.dim() != 1:
+        flat.view(piece.shape).copy_(piece)
+        return
+    for start in range(0, flat.numel(), GRAIN - 1):
+        flat[start : start + GRAIN - 1].copy_(piece[start : start + GRAIN - 1])
+
+
+def count_numbers(numbers: torch.Tensor, length: int) -> IntArray:
+    """How often each number occurs, without waking torch's threads.
+
+    Args:
+        numbers: Int32 of shape (n,), each from 0 to below `length`.
+        length: Length of the counts.
+
+    Returns:
+        Int64 of shape (length,).
+    """
+    if numbers.numel() < GRAIN or torch.get_num_threads() == 1:
+        return torch.bincount(numbers, minlength=length).numpy()
+    counts = np.zeros(length, np.int64)
+    for piece in numbers.split(GRAIN - 1):
+        counts += torch.bincount(piece, minlength=length).numpy()
+    return counts
 
 
 def _count_codes(single: _Float32Array) -> IntArray:
@@ -214,7 +259,7 @@ def _count_codes(single: _Float32Array) -> IntArray:
     if size <= SMALL:
         return np.bincount((single.view(np.uint32) >> _CODE_SHIFT).astype(np.int64), minlength=CODES)
     np.right_shift(single.view(np.uint32), _CODE_SHIFT, out=_scratch.codes_array[:size])
-    return torch.bincount(_scratch.codes[:size], minlength=CODES).numpy()
+    return count_numbers(_scratch.codes[:size], CODES)
 
 
 def _count_zeros(values: _Float32Array | FloatArray) -> int:
