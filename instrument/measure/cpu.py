@@ -57,6 +57,9 @@ _WIDE = frozenset(
 )
 """Types whose values do not all fit into float32: they are read as float64 first."""
 
+_NARROW = frozenset((torch.bfloat16, torch.float16))
+"""Types whose values are all float32 values."""
+
 _QUIET = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.uint8, torch.int8, torch.int16))
 """Types whose sums and casts cannot overflow, so that NumPy has nothing to warn of; silencing it takes 1.5 us."""
 
@@ -217,6 +220,9 @@ def _as_floats(piece: torch.Tensor) -> tuple[_Float32Array, _Float32Array | Floa
         single = piece.numpy().reshape(-1)
         return single, single
     size = piece.numel()
+    if size <= SMALL and piece.dtype in _NARROW:  # 3 us less than copying into scratch
+        single = piece.float().numpy().reshape(-1)
+        return single, single
     single = _scratch.float32_array[:size]
     if piece.dtype in _WIDE:
         double = _scratch.float64_array[:size]
