@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from instrument.measure.cpu import BLOCK, count_numbers, measure_exactly
+from instrument.measure.cpu import BLOCK, copy_flat, count_numbers, measure_exactly
 from instrument.measure.custom_op import measure
 from instrument.measure.histogram import CODES, SIGN
 from instrument.measure.sketch import IntArray, Sketch
@@ -170,7 +170,11 @@ class _Group:
                         if self._flat is None:
                             self.copy()
                         assert self._flat is not None
-                        self._measured = _sketches(self._flat.float().numpy(), np.array(self._lengths))
+                        flat = self._flat
+                        if flat.dtype is not torch.float32:
+                            flat = torch.empty(flat.shape, dtype=torch.float32)
+                            copy_flat(self._flat, flat)
+                        self._measured = _sketches(flat.numpy(), np.array(self._lengths))
                     except Exception as error:
                         self._measured = [error] * len(self._lengths)
                     self._flat = None

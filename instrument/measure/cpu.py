@@ -33,7 +33,7 @@ import torch
 from instrument.measure.sketch import CODES, FloatArray, IntArray, Sketch, empty_moments
 from instrument.measure.tensors import Values, chunks
 
-__all__ = ["BLOCK", "accumulate_cpu", "count_numbers", "measure_cpu", "measure_exactly"]
+__all__ = ["BLOCK", "accumulate_cpu", "copy_flat", "count_numbers", "measure_cpu", "measure_exactly"]
 
 BLOCK = 131_072
 """Elements in a block."""
@@ -226,15 +226,20 @@ def _as_floats(piece: torch.Tensor) -> tuple[_Float32Array, _Float32Array | Floa
     single = _scratch.float32_array[:size]
     if piece.dtype in _WIDE:
         double = _scratch.float64_array[:size]
-        _copy(piece, _scratch.float64[:size])
+        copy_flat(piece, _scratch.float64[:size])
         np.copyto(single, double, casting="same_kind")
         return single, double
-    _copy(piece, _scratch.float32[:size])
+    copy_flat(piece, _scratch.float32[:size])
     return single, single
 
 
-def _copy(piece: torch.Tensor, flat: torch.Tensor) -> None:
-    """Copy a piece into scratch without waking torch's threads."""
+def copy_flat(piece: torch.Tensor, flat: torch.Tensor) -> None:
+    """Copy a piece without waking torch's threads.
+
+    Args:
+        piece: Of any shape and type.
+        flat: Where to, contiguous and with as many elements, of shape (n,).
+    """
     if flat.numel() < GRAIN or torch.get_num_threads() == 1 or piece.dim() != 1:
         flat.view(piece.shape).copy_(piece)
         return
