@@ -92,8 +92,8 @@ class _GraphTap(InertHook):
     """Forward hook of one module; a graph takes it in whole.
 
     Blocks that are compiled one by one share a graph, which is guarded by every number and name that it was traced
-    with: a key that differs from block to block would compile each anew, until Dynamo's limit ends the training. So what
-    a lone tensor needs is made at once, and the key is looked at for other outputs only.
+    with: a key that differs from block to block would compile each anew, until Dynamo's limit ends the training. So
+    what a lone tensor needs is made at once, and the key is looked at for other outputs only.
     """
 
     def __init__(self, switch: GraphTaps, name: str) -> None:

@@ -190,7 +190,8 @@ class Session:
                 pairs = self._pairs_of(optimizer)
                 if closure:
                     self._take_passes()
-                    self.collector.add(self.collector.parameters.gradients(pairs))
+                    # A wrapper's step with a closure may have stepped another optimizer: those gradients are there.
+                    self.collector.add_missing(self.collector.parameters.gradients(pairs))
                 found_inf = getattr(optimizer, "found_inf", None)
                 if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
                     self.buffer.skipped = True
