@@ -312,12 +312,12 @@ def test_sgd_with_a_closure(watch: Watch) -> None:
     optimizer, watcher, truth = sgd(model), watch(model), []
     for step in range(4):
 
-        def closure(step: int = step) -> float:
+        def closure(step: int = step) -> Any:
             optimizer.zero_grad()
             loss = model(batch(step)).square().mean()
             loss.backward()
             truth.append(norm(model.weight))
-            return loss.item()
+            return loss.detach()
 
         optimizer.step(closure)
     assert len(truth) == 4
@@ -325,6 +325,36 @@ def test_sgd_with_a_closure(watch: Watch) -> None:
     assert gradient_norms(watcher, "weight") == pytest.approx(truth, rel=1e-6)
     assert [record["Activations/Linear"].count for record in watcher.history] == [16 * 2] * 4
     assert [record["ActivationGradients/Linear"].count for record in watcher.history] == [16 * 2] * 4
+
+
+def test_a_closure_that_raises(watch: Watch) -> None:
+    """A step whose closure raises after its backward is none, and what it computed is not in the next record."""
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    watcher = watch(model)
+    evaluations, counted, truth = 0, [], []
+
+    def closure() -> Any:
+        nonlocal evaluations
+        evaluations += 1
+        optimizer.zero_grad()
+        loss = model(batch(0)).square().mean()
+        loss.backward()
+        if fails and evaluations == 2:
+            raise RuntimeError("deliberate")
+        return loss.detach()
+
+    for step in range(5):
+        fails, evaluations = step in (1, 2), 0
+        try:
+            optimizer.step(closure)
+        except RuntimeError:
+            continue
+        counted.append(evaluations)
+        truth.append(norm(model.weight))
+    assert steps(watcher) == [0, 1, 2]
+    assert gradient_norms(watcher, "weight") == pytest.approx(truth, rel=1e-6)
+    assert [record["Activations/Linear"].count for record in watcher.history] == [16 * 2 * n for n in counted]
 
 
 class Chatty(torch.optim.SGD):
@@ -503,23 +533,52 @@ def test_a_skipped_nan_step(watch: Watch) -> None:
     assert all(record["ActivationGradients/0"].nan_count == 0 for record in watcher.history)
 
 
-def test_hand_written_updates(watch: Watch) -> None:
-    """An update without an optimizer is seen at the next forward pass, its gradients where they are left."""
+@pytest.mark.parametrize("clears", ["none before", "zeros before", "none after", "zeros after"])
+@pytest.mark.parametrize("clips", [False, True])
+def test_hand_written_updates(clips: bool, clears: str, watch: Watch) -> None:
+    """An update without an optimizer is seen at the next forward pass, its gradients however the loop clears them."""
     model = nn.Linear(4, 2)
     watcher, truth = watch(model), []
+
+    def clear(when: str) -> None:
+        if clears.endswith(when):
+            model.zero_grad(set_to_none=clears.startswith("none"))
+
     for step in range(5):
-        model.zero_grad()
-        model(batch(step)).square().mean().backward()
+        clear("before")
+        for micro in range(2):
+            model(batch(2 * step + micro)).square().mean().backward()
         truth.append(norm(model.weight))
+        if clips:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         with torch.no_grad():
             for p in model.parameters():
                 p.sub_(p.grad, alpha=0.1)  # type: ignore[arg-type]
+        if step < 4:
+            clear("after")
     assert watcher.current_step == 5
     watcher.close()
-    # Gradients are cleared before the next forward pass, so only those of the last step are left to be read.
-    assert watcher.history[-1].step == 4
-    assert watcher.history[-1]["Gradients/weight"].l2 == pytest.approx(truth[-1], rel=1e-6)
-    assert all("Activations/Linear" in record for record in watcher.history)
+    assert steps(watcher) == [0, 1, 2, 3, 4]
+    # Clipped gradients are seen where they are left: cleared, they are those that the last backward pass left.
+    if clips:
+        assert watcher.history[-1]["Gradients/weight"].l2 < 0.1
+        truth = truth[:-1]
+    assert gradient_norms(watcher, "weight")[: len(truth)] == pytest.approx(truth, rel=1e-6)
+    assert [record["Activations/Linear"].count for record in watcher.history] == [2 * 16 * 2] * 5
+
+
+def test_gradients_that_were_cleared_are_no_zeros(watch: Watch) -> None:
+    """After `zero_grad(set_to_none=False)` the last step, which was not sampled, has no gradient rather than zeros."""
+    model = mlp()
+    optimizer, watcher = sgd(model), watch(model, interval=10, scalar_interval=10)
+    for step in range(3):
+        model(batch(step)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    watcher.close()
+    assert steps(watcher) == [0, 2]
+    assert [len(gradient_norms(watcher, "0.weight"))] == [1]
+    assert all("Parameters/0.weight" in record for record in watcher.history)
 
 
 def test_updates_through_data_are_told_and_counted_by_hand(watch: Watch) -> None:
@@ -534,15 +593,19 @@ def test_updates_through_data_are_told_and_counted_by_hand(watch: Watch) -> None
                 p.grad = None
     assert len(caught) == 1
     assert watcher.current_step == 0
-    for step in range(3):
+    truth = []
+    for step in range(4):
         model(batch(step)).square().mean().backward()
+        truth.append(norm(model.weight))
         for p in model.parameters():
             p.data -= 0.1 * p.grad  # type: ignore[operator]
+        if step % 2:
+            model.zero_grad()
         watcher.step()
         model.zero_grad()
-    assert watcher.current_step == 3
-    assert steps(watcher) == [0, 1, 2]
-    assert all("Gradients/weight" in record for record in watcher.history)
+    assert watcher.current_step == 4
+    assert steps(watcher) == [0, 1, 2, 3]
+    assert gradient_norms(watcher, "weight") == pytest.approx(truth, rel=1e-6)
 
 
 def test_master_weights(watch: Watch) -> None:

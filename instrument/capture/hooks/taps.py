@@ -60,6 +60,9 @@ class PassListener(Protocol):
     def forward_ends(self, has_failed: bool) -> None:
         """The root has returned, or an exception has left it."""
 
+    def backward_starts(self) -> None:
+        """Gradients begin to flow back through what the root returned."""
+
     def modules(self) -> Iterable[ModuleEntry]:
         """The modules to attach to, as the model is now."""
 
@@ -285,6 +288,7 @@ class Taps:
         if not forward.is_loose:
             self.in_backward_of = forward
         self._do_outputs_tell = True
+        self._listener.backward_starts()
         if not forward.has_gradient:
             forward.has_gradient = True
             self.backwards += 1
