@@ -16,6 +16,7 @@
 | is a compiled call going on around this one? | `torch._C._dynamo.eval_frame.get_eval_frame_callback` | the same |
 | was a caller compiled? | frames of `torch/_dynamo/eval_frame.py` | never said to be: in such functions `compiled="eager"` sees the first call of a step alone |
 | run a function while a graph is traced, not in it | the mark `_dynamo_marked_constant` that `torch.compiler.assume_constant_result` sets | `torch.compiler.assume_constant_result` does no more than set it |
+| call back when the backward pass ends | `torch.autograd.Variable._execution_engine`, its `queue_callback` | gradients that a loop without an optimizer clears by itself are not recorded |
 | children and parameters of a module, without computing | `Module._modules`, `Module._parameters` | the public iterators: a child that a module holds twice has one of its names; parameters that are replaced later are not logged with the last step |
 | how often a tensor was changed in place | `Tensor._version` | steps without any optimizer are not seen, which is said; what a container returns is measured again |
 | hooks of the user's on a parameter | `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks` | any may have some: the last step of a model that is gone lacks the root's own parameters |
@@ -60,6 +61,7 @@ __all__ = [
     "run_while_tracing",
     "runs_within_another_step",
     "version_of",
+    "when_backward_ends",
 ]
 
 
@@ -90,6 +92,7 @@ _disable_torch_function: Callable[[], contextlib.AbstractContextManager[Any]] = 
 )
 _is_fake: Callable[[object], bool] | None = _lookup("torch._subclasses.fake_tensor.is_fake")
 _flatten: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = _lookup("torch._C._nn.flatten_dense_tensors")
+_engine: Any = _lookup("torch.autograd.Variable._execution_engine")
 _module_attributes = frozenset(vars(torch.nn.Module()))
 _has_version = _lookup("torch.Tensor._version") is not None
 _has_hook_lists = None not in (
@@ -101,6 +104,15 @@ _has_hook_lists = None not in (
 def in_backward() -> bool:
     """Whether autograd runs the caller: a hook of its own, or a recomputation under checkpointing."""
     return _graph_task_id is not None and _graph_task_id() != -1
+
+
+def when_backward_ends(function: Callable[[], None]) -> bool:
+    """Have a function called once the backward pass that is going on has ended; whether that can be had."""
+    queue: Callable[[Callable[[], None]], None] | None = getattr(_engine, "queue_callback", None)
+    if queue is None or not in_backward():
+        return False
+    queue(function)
+    return True
 
 
 def in_functorch() -> bool:

@@ -102,9 +102,15 @@ def compiled_as(how: str, model: nn.Module, backend: str) -> Any:
 
 
 def train(
-    make: Callable[[], nn.Module], how: str, backend: str, when: str | None, logdir: Path, compiled: str = "outside"
+    make: Callable[[], nn.Module],
+    how: str,
+    backend: str,
+    when: str | None,
+    logdir: Path,
+    compiled: str = "outside",
+    evaluates: bool = False,
 ) -> Outcome:
-    """Six steps, every second one sampled where there is a watch."""
+    """Six steps, every second one sampled where there is a watch, each with an evaluation before it if asked for."""
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
@@ -128,6 +134,11 @@ def train(
             watcher = watch(model)
         if step == 2 and when == "late, the compiled one":
             watcher = watch(step_function)
+        if evaluates:
+            model.eval()
+            with torch.no_grad():
+                losses.append(step_function(torch.ones(5, 4)).sum().item())
+            model.train()
         x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         loss = step_function(x).square().mean()
@@ -213,6 +224,53 @@ def test_graph_records_everything_in_exactly_two_graphs(how: str, when: str, bac
             assert sketch.l2 == pytest.approx(expected[tag].l2, rel=1e-5)
 
 
+class Deep(Net):
+    """More blocks than Dynamo compiles one piece of code for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(torch._dynamo.config.recompile_limit + 2)])
+
+
+@pytest.mark.parametrize("how", ["blocks", "blocks in place"])
+def test_blocks_share_two_graphs_however_many_they_are(how: str, tmp_path: Path) -> None:
+    """With `compiled="graph"` ten blocks that shared one graph share two: no limit ends the training, all is seen."""
+    outcome = train(Deep, how, "aot_eager", "before", tmp_path, compiled="graph")
+    bare = train(Deep, how, "aot_eager", None, tmp_path)
+    assert (bare.graphs, outcome.graphs, outcome.breaks, outcome.notices) == (1, 2, 0, ())
+    assert outcome.losses == pytest.approx(bare.losses, rel=1e-6)
+    truth = train(Deep, "compile", "eager", "before", tmp_path, compiled="eager")
+    assert names(truth.records[0], "Activations") >= {"blocks.0.act", "blocks.9.act"}
+    for record, expected in zip(outcome.records, truth.records, strict=True):
+        assert set(record) == set(expected)
+        for tag, sketch in record.items():
+            assert sketch.count == expected[tag].count
+            assert sketch.l2 == pytest.approx(expected[tag].l2, rel=1e-5)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize(("compiled", "more"), [("outside", 0), ("graph", 1), ("eager", 0)])
+def test_evaluation_between_steps_costs_no_graph_and_no_error(
+    compiled: str, more: int, how: str, tmp_path: Path
+) -> None:
+    """A loop that evaluates before each step trains the same in each mode, with the graphs it had and no error."""
+    bare = train(Net, how, "eager", None, tmp_path, evaluates=True)
+    watched = train(Net, how, "eager", "before", tmp_path, compiled, evaluates=True)
+    assert watched.losses == bare.losses
+    assert (bare.graphs, watched.graphs, watched.breaks) == (2, 2 + more, 0)
+    assert [record.step for record in watched.records] == [0, 2, 4]
+    expected = {
+        "outside": 0 if how == "function" else 5 * 2,  # of the root, where no function is around it
+        "graph": 5 * 2,
+        "eager": 5 * 2,
+    }[compiled]
+    found = [record["Activations/Net"].count if "Activations/Net" in record else 0 for record in watched.records]
+    assert found == [expected] * 3
+    inside = {"outside": how in ("blocks", "blocks in place"), "graph": True, "eager": True}[compiled]
+    assert all(("Activations/blocks.0" in record) == inside for record in watched.records)
+    assert stance() == "default"
+
+
 def test_graph_follows_outputs_of_several_tensors(tmp_path: Path) -> None:
     """Inside the graph too, dictionaries and tuples have each tensor under its name."""
 
@@ -260,6 +318,25 @@ def test_eager_records_everything_in_one_graph(model: str, how: str, when: str, 
     assert stance() == "default"
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("how", ["compile", "blocks", "function"])
+def test_eager_records_everything_with_every_compiler(how: str, backend: str, tmp_path: Path) -> None:
+    """`compiled="eager"` with a compiler that computes for itself: all is seen, in the graphs that were there."""
+    outcome = train(Net, how, backend, "before", tmp_path, compiled="eager")
+    bare = train(Net, how, backend, None, tmp_path)
+    truth = train(Net, how, "eager", "before", tmp_path, compiled="eager")
+    assert outcome.losses == pytest.approx(bare.losses, rel=1e-5)
+    assert (outcome.graphs, outcome.breaks, outcome.notices) == (bare.graphs, bare.breaks, ())
+    for record, expected in zip(outcome.records, truth.records, strict=True):
+        assert {tag: sketch.count for tag, sketch in record.items()} == {
+            tag: sketch.count for tag, sketch in expected.items()
+        }
+        assert record["ActivationGradients/blocks.0.fc"].l2 == pytest.approx(
+            expected["ActivationGradients/blocks.0.fc"].l2, rel=1e-4
+        )
+    assert stance() == "default"
+
+
 def stance() -> str:
     from torch._dynamo import eval_frame
 
@@ -292,6 +369,37 @@ def test_the_stance_is_restored_when_an_exception_leaves_the_model(error: type[E
     assert "Activations/blocks.0.fc" in watcher.history[-1]
     watcher.close()
     assert stance() == "default"
+
+
+@pytest.mark.parametrize("how", ["compile", "function"])
+def test_an_interrupt_leaves_the_stance_until_the_step_is_over(how: str, tmp_path: Path) -> None:
+    """Torch tells no hook of Ctrl-C: the stance comes back with the end of the next step, or of the watch."""
+
+    class Interrupted(Net):
+        interrupts = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.interrupts:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    for goes_on in (True, False):
+        torch._dynamo.reset()
+        model = Interrupted()
+        step_function = compiled_as(how, model, "eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watcher = instrument.watch(model, interval=2, logdir=tmp_path, compiled="eager", strict=True)
+        model.interrupts = True
+        with pytest.raises(KeyboardInterrupt):
+            step_function(torch.randn(5, 4))
+        model.interrupts = False
+        if goes_on:
+            step_function(torch.randn(5, 4)).mean().backward()
+            optimizer.step()
+            assert stance() == "default"
+            assert watcher.history[-1]["Activations/blocks.0.fc"].count == 5 * 8
+        watcher.close()
+        assert stance() == "default"
 
 
 def test_closing_restores_the_stance(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ MEETING_STORE = "torch.distributed.distributed_c10d._get_default_store"
 STEP_WRAPPER = "torch.optim.Optimizer.profile_hook_step"
 SCALER_STEP = "torch.amp.GradScaler.step"
 COMPILED_CALL = FRAMES + "get_eval_frame_callback"
+ENGINE = "torch.autograd.Variable._execution_engine"
 VERSION = "torch.Tensor._version"
 HOOK_LISTS = ["torch.Tensor._backward_hooks", "torch.Tensor._post_accumulate_grad_hooks"]
 
@@ -377,6 +378,39 @@ def without_version() -> None:
     watcher.close()
 
 
+def hand_written_gradients() -> list[bool]:
+    """Whether each step of a loop without an optimizer, which clears its gradients at once, has one; it is right."""
+    import instrument
+
+    model = plain()
+    truth = []
+    with instrument.watch(model, interval=1, logdir="hand", strict=True) as watcher:
+        for _ in range(4):
+            model(torch.randn(6, 4)).square().mean().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter.sub_(parameter.grad, alpha=0.1)
+            truth.append(model.get_parameter("0.weight").grad)
+            model.zero_grad()
+    assert watcher.current_step == 4
+    for record, gradient in zip(watcher.history, truth, strict=True):
+        if "Gradients/0.weight" in record:
+            assert gradient is not None
+            assert abs(record["Gradients/0.weight"].l2 - gradient.norm().item()) < 1e-6
+    return ["Gradients/0.weight" in record for record in watcher.history]
+
+
+def with_engine() -> None:
+    """Ordinarily gradients are measured at the end of the backward pass where no optimizer is there to ask."""
+    assert hand_written_gradients() == [True] * 4
+
+
+def without_engine() -> None:
+    """What such a loop clears by itself is not recorded."""
+    assert hand_written_gradients() == [False] * 4
+
+
 def without_the_method_of_the_writer() -> None:
     """Where torch asks another method for its file, all is written by ours all the same, as after a `close`."""
     import instrument
@@ -464,6 +498,8 @@ WITHOUT: list[tuple[Callable[[], None], list[str]]] = [
     (without_scaler_step, [SCALER_STEP]),
     (without_compiled_call, [COMPILED_CALL]),
     (without_version, [VERSION]),
+    (with_engine, []),
+    (without_engine, [ENGINE]),
     (without_the_method_of_the_writer, []),
     (with_hook_lists, []),
     *((without_hook_lists, [name]) for name in HOOK_LISTS),

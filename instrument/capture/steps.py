@@ -115,8 +115,12 @@ class StepClock:
         return any(owner.depth > 0 for owner in self._owners.values() if owner.relevant)
 
     def due(self) -> tuple[int, ...]:
-        """Numbers of the steps that the next optimizer to step may make: this one, and one that others made."""
-        return (self.step - 1, self.step) if self._is_lagging() else (self.step,)
+        """Numbers of the steps that the next optimizer to step may make: this one, and one that others made.
+
+        Parameters that change before any optimizer has stepped may be the first climb of SAM, and no step.
+        """
+        is_guess = self.step == self._initial_step + 1 and not (self.has_optimizer or self.manual)
+        return (self.step - 1, self.step) if is_guess or self._is_lagging() else (self.step,)
 
     def _is_lagging(self) -> bool:
         """Whether an optimizer has yet to make the step that another has made."""

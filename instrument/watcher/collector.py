@@ -21,7 +21,7 @@ from instrument.measure.sketch import Sketch
 from instrument.measure.units import DeviceTally, UnitTally
 from instrument.record.buffer import Buffer, StepRecord, Traits
 from instrument.record.ranks.group import position
-from instrument.torch_private import version_of
+from instrument.torch_private import Unseen, version_of, when_backward_ends
 from instrument.watcher.notices import Notices, place_of
 from instrument.watcher.units import UnitJudge
 
@@ -61,6 +61,9 @@ class Collector:
         self._samples = 0
         self._sample_above = config.histogram_sample_above
         self._batch = Batch(self._sample_above)
+        self._kept: dict[Site, Sketch | Later] = {}
+        self._kept_for: int | None = None
+        self._is_end_awaited = False
         self._last: tuple[weakref.ref[torch.Tensor], int, Sketch | Later] | None = None
         self.select()
 
@@ -227,10 +230,59 @@ class Collector:
         """Measure those tensors into the record that it lacks."""
         self.add((site, tensor) for site, tensor in tensors if not self.buffer.has(site))
 
-    def add_what_is_there(self) -> None:
-        """Gradients and parameters, where no optimizer says which are its own."""
+    def forget(self, pairs: Pairs) -> None:
+        """Forget what the step has of these parameters and their gradients."""
+        for name, _ in pairs:
+            self.buffer.discard(Site("gradients", name))
+            self.buffer.discard(Site("parameters", name))
+
+    def look_for_hidden_gradients(self, pairs: Pairs) -> None:
+        """At a step, after gradients flowed back: has yet no parameter one?"""
+        if pairs and all(parameter.grad is None for _, parameter in pairs):
+            self._notices.say(
+                "the optimizer steps, but no parameter has a .grad: this engine does not expose gradients, so none are "
+                "recorded"
+            )
+
+    def are_gradients_gone(self) -> bool:
+        """Whether no gradient is left, as far as the first few tell."""
+        gradients = [p.grad for p in self.every_parameter() if p.grad is not None]
+        return all(_is_cleared(gradient) for gradient in gradients[:4])
+
+    def await_gradients(self, step: int) -> None:
+        """In a backward pass: measure the gradients at its end, before a loop without an optimizer clears them."""
+        self._kept_for = step
+        if self.wants_kind("gradients") and not self._is_end_awaited:
+            self._is_end_awaited = when_backward_ends(self._keep_gradients)
+
+    def _keep_gradients(self) -> None:
+        self._is_end_awaited = False
+        self._kept.clear()
+        try:
+            found = [pair for pair in self.parameters.gradients(self.parameters.of()) if self.wants(pair[0])]
+            own = [tensor if self.shards is None else self.shards.own(site, tensor) for site, tensor in found]
+            for (site, tensor), sketch in zip(found, measure_later(own, self._sample_above), strict=True):
+                if isinstance(sketch, Exception):
+                    self._cannot(site, sketch)
+                else:
+                    self._kept[site] = sketch
+                    self._note(site, tensor)
+        except Exception as error:
+            self._notices.failed("gradients", error)
+
+    def add_what_is_there(self, step: int) -> None:
+        """Gradients and parameters, where no optimizer says which are its own.
+
+        A gradient that is zero was cleared after its use: what the last backward pass of the step left counts instead,
+        and where that is not known it is absent.
+        """
         pairs = self.parameters.of()
-        self.add_missing(self.parameters.gradients(pairs))
+        self.add_missing(pair for pair in self.parameters.gradients(pairs) if not _is_cleared(pair[1]))
+        for site, sketch in self._kept.items() if self._kept_for == step else ():
+            if not self.buffer.has(site):
+                self.buffer.add(site, sketch)
+        self._kept.clear()
+        self._is_end_awaited = False
         self.add_missing(self.parameters.values(pairs))
 
     def add_measured(self, measured: Iterable[tuple[Site, Measured]], scale: torch.Tensor | None) -> None:
@@ -259,3 +311,12 @@ class Collector:
                     self._cannot(site, error)
                     continue
             self.buffer.add(site, item)
+
+
+def _is_cleared(gradient: torch.Tensor) -> bool:
+    """Whether all of a gradient is zero; of kinds that cannot tell, it is not."""
+    try:
+        with Unseen():
+            return gradient.numel() > 0 and not bool(gradient.count_nonzero())
+    except Exception:
+        return False

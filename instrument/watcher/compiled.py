@@ -42,7 +42,7 @@ class EagerStance:
 
     def __init__(self) -> None:
         self._stance: contextlib.AbstractContextManager[Any] | None = None
-        self._spans_steps = False
+        self._ends_with_root = False
 
     def start(self) -> None:
         """Run uncompiled from now on; nothing happens where that is so, or inside a compiled call."""
@@ -57,13 +57,18 @@ class EagerStance:
             stance.__exit__(None, None, None)
 
     def root_starts(self) -> None:
-        """The root is called in a sampled step."""
-        self._spans_steps = called_from_compiled_function()
+        """The root is called to train in a sampled step."""
+        self._ends_with_root = not called_from_compiled_function()
         self.start()
 
     def root_ends(self, has_failed: bool) -> None:
-        """The root has returned, or an exception left it."""
-        if has_failed or not self._spans_steps:
+        """The root has returned, or an exception left it.
+
+        An evaluation leaves the stance on: the training pass is yet to come, and a compiled function that sees the
+        stance end while it runs takes itself for one that was never compiled, an error with ``fullgraph=True``.
+        """
+        if has_failed or self._ends_with_root:
+            self._ends_with_root = False
             self.stop()
 
 
@@ -84,14 +89,22 @@ def _reserve(key: int, path: str) -> int:
 
 
 class _GraphTap(InertHook):
-    """Forward hook of one module; a graph takes it in whole."""
+    """Forward hook of one module; a graph takes it in whole.
+
+    Blocks that are compiled one by one share a graph, which is guarded by every number and name that it was traced
+    with: a key that differs from block to block would compile each anew, until Dynamo's limit ends the training. So
+    what a lone tensor needs is made at once, and the key is looked at for other outputs only.
+    """
 
     def __init__(self, switch: GraphTaps, name: str) -> None:
         self.key = next(_keys)
         self.switch = switch
         self.name = name
         self.wanted: dict[str, int] = {}
+        self.was_called = False
+        """Whether anything was measured."""
         _taps[self.key] = self
+        self.wanted_alone = self.reserve("")
 
     def reserve(self, path: str) -> int:
         """Make the accumulators of one output where that was not done."""
@@ -109,13 +122,14 @@ class _GraphTap(InertHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Called by torch when the module has returned, and traced by Dynamo."""
         is_recomputed = not torch.compiler.is_compiling() and in_backward()
-        if self.switch.is_on and module.training and torch.is_grad_enabled() and not is_recomputed:
+        # The switch comes last: a graph for evaluation that had looked at it would be compiled twice.
+        if module.training and torch.is_grad_enabled() and not is_recomputed and self.switch.is_on:
             self._visit("", output)
 
     def _visit(self, path: str, output: Any) -> None:
         # A walker of its own: Dynamo traces plain tests and loops, not the generator for all kinds of outputs.
         if isinstance(output, torch.Tensor):
-            wanted = _reserve(self.key, path)
+            wanted = self.wanted_alone if path == "" else _reserve(self.key, path)
             if wanted & ACTIVATION:
                 codes, moments = getattr(self, f"codes:activations{path}"), getattr(self, f"moments:activations{path}")
                 torch.ops.instrument.measure(output.detach(), codes, moments)
@@ -141,6 +155,7 @@ class _GraphTap(InertHook):
                 codes, moments = getattr(self, f"codes:{kind}{path}"), getattr(self, f"moments:{kind}{path}")
                 counts, found = codes.numpy(), moments.numpy()
                 if found[0] or counts.any():
+                    self.was_called = True
                     site = Site(kind, self.name + path)
                     yield site, None if np.isnan(found[0]) else Sketch.from_dense(counts, found.tolist())
                     counts.fill(0)
@@ -174,7 +189,7 @@ class GraphTaps:
 
     def called(self) -> set[str]:
         """Names of the modules that a graph, or a call outside of any, has measured."""
-        return {tap.name for tap in self._taps if tap.wanted}
+        return {tap.name for tap in self._taps if tap.was_called}
 
     def close(self) -> None:
         """Take the hooks off."""

@@ -46,6 +46,13 @@ class Notices:
             return False
         return not self._broken.isdisjoint((site.name, site.name.partition("[")[0], place_of(site)))
 
+    def no_step(self, backwards: int) -> None:
+        """Say that gradients came and went, and no step was seen."""
+        self.say(
+            f"no optimizer step was seen in {backwards} backward passes, so no step is counted: call watcher.step() at "
+            "the end of each step, or give optimizer= to watch()"
+        )
+
     def never_called(self, names: Iterable[str]) -> None:
         """Say which of the selected modules were not called in the first sampled step."""
         listed = _listed(names)

@@ -26,7 +26,7 @@ from instrument.config import Config
 from instrument.measure.batch import Later
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord
-from instrument.torch_private import Unseen, calling_scale
+from instrument.torch_private import calling_scale
 from instrument.watcher.budget import Budget, Meter, MeteredSteps, MeteredTaps
 from instrument.watcher.collector import Collector, Pairs
 from instrument.watcher.compiled import EagerStance, GraphTaps
@@ -76,6 +76,7 @@ class Session:
         meter = Meter() if config.budget else None
         self._budget = Budget(config.budget, self.schedule.scalar_interval, meter, written) if meter else None
         self._drawn: int | None = None
+        self._is_guess = False
         self._emit = emit
         self._initial_step = initial_step
         self._running: set[int] = set()
@@ -122,6 +123,11 @@ class Session:
         if self._stance is not None:
             self._stance.root_ends(has_failed)
 
+    def backward_starts(self) -> None:
+        """Gradients flow back: where no optimizer will say when all are there, their end does."""
+        if not self.clock.has_optimizer and self.schedule.is_sampled(self.clock.step):
+            self.collector.await_gradients(self.clock.step)
+
     def sees_through_graphs(self) -> bool:
         """Whether sampled steps run uncompiled."""
         return self._stance is not None
@@ -160,22 +166,27 @@ class Session:
             if self.buffer.step is not None and self.buffer.step < index:
                 self._close_record()
             if not self.schedule.is_sampled(index) or index < (self.buffer.step or 0):
-                self.taps.collect(index)  # what another optimizer's step had captured is of no use to this one
+                self._passes(index)  # what another optimizer's step had captured is of no use to this one
                 return
             if id(optimizer) in self._running:  # its last step raised before it ended
                 self._drop_record()
+                if closure:
+                    self._passes(index)  # those that its closure made
             self.collector.open(index)
             pairs = self._pairs_of(optimizer)
-            if self._running:  # a wrapper's step is running; the gradients that count are those used inside
-                for name, _ in pairs:
-                    self.buffer.discard(Site("gradients", name))
+            # A wrapper's step is running, and the gradients that count are those used inside; or what was taken for a
+            # step without an optimizer was the first climb of SAM.
+            if self._running or self._is_guess:
+                self.collector.forget(pairs)
+            self._is_guess = False
             self._running.add(id(optimizer))
             if self.collector.wants_kind("updates"):
                 self.collector.parameters.remember(pairs)
             if not closure:
                 self._take_passes()
                 self.collector.add(self.collector.parameters.gradients(pairs, getattr(optimizer, "grad_scale", None)))
-                self._look_for_hidden_gradients(pairs)
+                if self.taps.backwards:
+                    self.collector.look_for_hidden_gradients(pairs)
         except Exception as error:
             self.failed("the optimizer's step", error)
 
@@ -190,7 +201,8 @@ class Session:
                 pairs = self._pairs_of(optimizer)
                 if closure:
                     self._take_passes()
-                    self.collector.add(self.collector.parameters.gradients(pairs))
+                    # A wrapper's step with a closure may have stepped another optimizer: those gradients are there.
+                    self.collector.add_missing(self.collector.parameters.gradients(pairs))
                 found_inf = getattr(optimizer, "found_inf", None)
                 if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
                     self.buffer.skipped = True
@@ -224,7 +236,7 @@ class Session:
         if not inferred and (self.schedule.is_sampled(expected) or self.buffer.step is not None):
             self.collector.open(expected)
             self._take_passes()
-            self.collector.add_what_is_there()
+            self.collector.add_what_is_there(expected)
         if self.buffer.step is not None:
             self.buffer.step = ended
         self.settle()
@@ -267,7 +279,7 @@ class Session:
         newest = self.buffer.history[-1] if self.buffer.history else None
         if newest is None or newest.step < last:
             self.collector.open(last)
-            self.collector.add_what_is_there()
+            self.collector.add_what_is_there(last)
             record = self.collector.close()
             if record is not None:
                 self._emit(record, True, True)
@@ -279,24 +291,27 @@ class Session:
         if self.clock.forward_starts():
             self._take_silent_step()
         elif not self.clock.has_optimizer and not self.clock.manual and self.taps.backwards:
-            if self._are_gradients_gone():
+            if self.collector.are_gradients_gone():
                 self._silent_backwards += 1
                 self.taps.backwards = 0
             if self._silent_backwards == PATIENCE:
-                self.notices.say(
-                    f"no optimizer step was seen in {PATIENCE} backward passes, so no step is counted: call "
-                    "watcher.step() at the end of each step, or give optimizer= to watch()"
-                )
+                self.notices.no_step(PATIENCE)
 
     def _take_silent_step(self) -> None:
         """A step without an optimizer was made: take what it left behind."""
         self._silent_backwards = 0
         ended = self.clock.step - 1
+        if self.buffer.step is not None and self.buffer.step < ended:
+            self._close_record()
         if self.schedule.is_sampled(ended):
             self.collector.open(ended)
             self._take_passes()
-            self.collector.add_what_is_there()
-            self._close_record()
+            self.collector.add_what_is_there(ended)
+            self._is_guess = ended in self.clock.due()
+            if not self._is_guess:
+                self._close_record()
+        else:
+            self._passes(ended)  # of no use to a later step
         self.taps.step_ended()
         self._prepare()
 
@@ -306,19 +321,6 @@ class Session:
             return
         if all(parameter.grad is None for parameter in self.collector.every_parameter()):
             self.taps.gradients_were_dropped()
-
-    def _look_for_hidden_gradients(self, pairs: Pairs) -> None:
-        """At a step: did gradients flow back, and yet no parameter has one?"""
-        if self.taps.backwards and pairs and all(parameter.grad is None for _, parameter in pairs):
-            self.notices.say(
-                "the optimizer steps, but no parameter has a .grad: this engine does not expose gradients, so none are "
-                "recorded"
-            )
-
-    def _are_gradients_gone(self) -> bool:
-        with Unseen():
-            gradients = [p.grad for p in self.collector.every_parameter() if p.grad is not None]
-            return not any(bool(gradient.count_nonzero()) for gradient in gradients[:4])
 
     # The record of a step.
 
@@ -348,12 +350,15 @@ class Session:
         self.buffer.drop()
         self._running.clear()
 
+    def _passes(self, step: int) -> list[tuple[Site, Any]]:
+        """What was captured for a step since the last call."""
+        inside = self._graph_taps.collect() if self._graph_taps is not None else ()
+        return [*self.taps.collect(step), *inside]
+
     def _take_passes(self) -> None:
         assert self.buffer.step is not None
         scale = calling_scale() if self.collector.wants_kind("activation_gradients") else None
-        self.collector.add_measured(self.taps.collect(self.buffer.step), scale)
-        if self._graph_taps is not None:
-            self.collector.add_measured(self._graph_taps.collect(), scale)
+        self.collector.add_measured(self._passes(self.buffer.step), scale)
 
     def _prepare(self) -> None:
         """Make ready for the next step: hooks where it is sampled, none where it is not."""

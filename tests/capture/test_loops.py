@@ -6,6 +6,7 @@ Every loop computes its own truth: how many updates were made, and which gradien
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import instrument
+from instrument.capture.hooks.objects import ForwardPass
 
 from ..training import batch, mlp
 
@@ -58,6 +60,23 @@ def sgd(*modules: nn.Module, lr: float = 0.05) -> torch.optim.SGD:
     return torch.optim.SGD([p for module in modules for p in module.parameters()], lr=lr)
 
 
+def test_plain(watch: Watch) -> None:
+    """A plain loop of six steps: six records, numbered from 0, each with the gradient and the output of its step."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer, watcher, truth = sgd(model), watch(model), []
+    for step in range(6):
+        optimizer.zero_grad()
+        output = model(batch(step))
+        output.square().mean().backward()
+        truth.append((norm(model[0].weight), float(output.detach().norm())))
+        optimizer.step()
+    assert steps(watcher) == [0, 1, 2, 3, 4, 5]
+    assert gradient_norms(watcher, "0.weight") == pytest.approx([gradient for gradient, _ in truth], rel=1e-6)
+    outputs = [record["Activations/2"].l2 for record in watcher.history]
+    assert outputs == pytest.approx([output for _, output in truth], rel=1e-6)
+    assert all(record["Activations/2"].count == 16 * 2 for record in watcher.history)
+
+
 def test_accumulation(watch: Watch) -> None:
     """Four micro-batches a step: one record a step, with the accumulated gradient and all activations."""
     model = mlp()
@@ -76,7 +95,7 @@ def test_accumulation(watch: Watch) -> None:
 def test_evaluation_and_rollouts_between(watch: Watch) -> None:
     """Evaluation, with and without `no_grad` and `eval`, and rollouts are not steps and not recorded."""
     model = mlp()
-    optimizer, watcher = sgd(model), watch(model)
+    optimizer, watcher, truth = sgd(model), watch(model), []
     for step in range(4):
         with torch.no_grad():
             for _ in range(6):  # rollouts in train mode
@@ -89,11 +108,52 @@ def test_evaluation_and_rollouts_between(watch: Watch) -> None:
         model(batch(step, size=70))  # the same in train mode: never backpropagated
         optimizer.zero_grad()
         model(batch(step)).mean().backward()
+        truth.append(norm(model[0].weight))
         optimizer.step()
         with torch.no_grad():
             model(batch(step, size=30))
     assert steps(watcher) == [0, 1, 2, 3]
+    assert gradient_norms(watcher, "0.weight") == pytest.approx(truth, rel=1e-6)
     assert [record["Activations/0"].count for record in watcher.history] == [16 * 8] * 4
+
+
+def living_passes() -> int:
+    gc.collect()
+    return sum(type(thing) is ForwardPass for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_rollouts_without_end_take_no_memory(gradients: bool, watch: Watch) -> None:
+    """A thousand rollouts in train mode, with `no_grad` or with graphs that are thrown away, take no memory."""
+    model = mlp()
+    optimizer, watcher = sgd(model), watch(model)
+    for step in range(3):
+        for _ in range(500 * (step > 0)):
+            with torch.set_grad_enabled(gradients):
+                model(batch(step, size=3))
+        # Some of the latest are kept until it is looked again; each module called by itself counts as one.
+        assert living_passes() < 150
+        optimizer.zero_grad()
+        model(batch(step)).mean().backward()
+        optimizer.step()
+    assert steps(watcher) == [0, 1, 2]
+    assert [record["Activations/0"].count for record in watcher.history] == [16 * 8] * 3
+
+
+def test_a_backward_through_hundreds_of_passes_counts_each(watch: Watch) -> None:
+    """REINFORCE: three hundred passes, then one backward through all of them; each is counted, with its gradient."""
+    model = nn.Linear(4, 2)
+    optimizer, watcher, truth = sgd(model), watch(model), []
+    for step in range(2):
+        optimizer.zero_grad()
+        moves = [model(batch(300 * step + move, size=1)).log_softmax(1)[0, 0] for move in range(300)]
+        torch.stack(moves).sum().backward()
+        truth.append(norm(model.weight))
+        optimizer.step()
+    assert steps(watcher) == [0, 1]
+    assert gradient_norms(watcher, "weight") == pytest.approx(truth, rel=1e-6)
+    assert [record["Activations/Linear"].count for record in watcher.history] == [300 * 2] * 2
+    assert [record["ActivationGradients/Linear"].count for record in watcher.history] == [300 * 2] * 2
 
 
 class Gan(nn.Module):
@@ -246,6 +306,57 @@ def test_lbfgs(line_search: str | None, watch: Watch) -> None:
     assert sum(record["Activations/Linear"].count for record in watcher.history) == evaluations * 16 * 2
 
 
+def test_sgd_with_a_closure(watch: Watch) -> None:
+    """Any optimizer may be given a closure: one record a step, with the gradient that the closure made."""
+    model = nn.Linear(4, 2)
+    optimizer, watcher, truth = sgd(model), watch(model), []
+    for step in range(4):
+
+        def closure(step: int = step) -> Any:
+            optimizer.zero_grad()
+            loss = model(batch(step)).square().mean()
+            loss.backward()
+            truth.append(norm(model.weight))
+            return loss.detach()
+
+        optimizer.step(closure)
+    assert len(truth) == 4
+    assert steps(watcher) == [0, 1, 2, 3]
+    assert gradient_norms(watcher, "weight") == pytest.approx(truth, rel=1e-6)
+    assert [record["Activations/Linear"].count for record in watcher.history] == [16 * 2] * 4
+    assert [record["ActivationGradients/Linear"].count for record in watcher.history] == [16 * 2] * 4
+
+
+def test_a_closure_that_raises(watch: Watch) -> None:
+    """A step whose closure raises after its backward is none, and what it computed is not in the next record."""
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    watcher = watch(model)
+    evaluations, counted, truth = 0, [], []
+
+    def closure() -> Any:
+        nonlocal evaluations
+        evaluations += 1
+        optimizer.zero_grad()
+        loss = model(batch(0)).square().mean()
+        loss.backward()
+        if fails and evaluations == 2:
+            raise RuntimeError("deliberate")
+        return loss.detach()
+
+    for step in range(5):
+        fails, evaluations = step in (1, 2), 0
+        try:
+            optimizer.step(closure)
+        except RuntimeError:
+            continue
+        counted.append(evaluations)
+        truth.append(norm(model.weight))
+    assert steps(watcher) == [0, 1, 2]
+    assert gradient_norms(watcher, "weight") == pytest.approx(truth, rel=1e-6)
+    assert [record["Activations/Linear"].count for record in watcher.history] == [16 * 2 * n for n in counted]
+
+
 class Chatty(torch.optim.SGD):
     """A subclass that calls the step of its base."""
 
@@ -281,6 +392,14 @@ class Lookahead(torch.optim.Optimizer):
         self.base.step()
 
 
+class Passing(Lookahead):
+    """A wrapper that hands its closure on."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Step the optimizer inside with the closure."""
+        return self.base.step(closure)
+
+
 class Sam(torch.optim.Optimizer):
     """Sharpness-aware minimisation: climbs first, then steps the optimizer inside."""
 
@@ -301,17 +420,43 @@ class Sam(torch.optim.Optimizer):
         """Go back and step with the gradient from there."""
         self.base.step()
 
+    def step(self, closure: Any = None) -> Any:
+        """Both steps around a closure."""
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
 
 def test_lookahead(watch: Watch) -> None:
     """A wrapper and what it wraps make one step together."""
     model = mlp()
-    optimizer, watcher = Lookahead(sgd(model)), watch(model)
+    optimizer, watcher, truth = Lookahead(sgd(model)), watch(model), []
     for step in range(4):
         optimizer.zero_grad()
         model(batch(step)).mean().backward()
+        truth.append(norm(model[0].weight))
         optimizer.step()
     assert steps(watcher) == [0, 1, 2, 3]
+    assert gradient_norms(watcher, "0.weight") == pytest.approx(truth, rel=1e-6)
     assert all(record["Gradients/0.weight"].count == 32 for record in watcher.history)
+
+
+def test_a_wrapper_that_hands_a_closure_on(watch: Watch) -> None:
+    """A closure that goes through a wrapper's step into the one inside makes one step, with its gradient once."""
+    model = nn.Linear(4, 2)
+    optimizer, watcher, truth = Passing(sgd(model)), watch(model), []
+    for step in range(4):
+
+        def closure(step: int = step) -> None:
+            optimizer.zero_grad()
+            model(batch(step)).square().mean().backward()
+            truth.append(norm(model.weight))
+
+        optimizer.step(closure)
+    assert steps(watcher) == [0, 1, 2, 3]
+    assert gradient_norms(watcher, "weight") == pytest.approx(truth, rel=1e-6)
+    assert all(record["Gradients/weight"].count == 8 for record in watcher.history)
 
 
 def test_sam(watch: Watch) -> None:
@@ -327,6 +472,24 @@ def test_sam(watch: Watch) -> None:
         optimizer.zero_grad()
     assert steps(watcher) == [0, 1, 2, 3]
     assert gradient_norms(watcher, "weight") == pytest.approx(truth, rel=1e-6)
+
+
+def test_sam_with_a_closure(watch: Watch) -> None:
+    """Where SAM's own `step` takes a closure for its second pass, the gradient is that of the second pass too."""
+    model = nn.Linear(4, 2)
+    optimizer, watcher, truth = Sam(sgd(model)), watch(model), []
+
+    for step in range(4):
+
+        def closure(step: int = step) -> None:
+            model(batch(step)).square().mean().backward()
+            truth.append(norm(model.weight))
+
+        closure()
+        optimizer.step(closure)
+        optimizer.zero_grad()
+    assert steps(watcher) == [0, 1, 2, 3]
+    assert gradient_norms(watcher, "weight") == pytest.approx(truth[1::2], rel=1e-6)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -356,35 +519,66 @@ def test_scaler_with_an_overflow(fused: bool, watch: Watch) -> None:
 def test_a_skipped_nan_step(watch: Watch) -> None:
     """A step that the loop itself skips, because its loss is NaN, is none."""
     model = mlp()
-    optimizer, watcher, made = sgd(model), watch(model), 0
+    optimizer, watcher, truth = sgd(model), watch(model), []
     for step in range(6):
         optimizer.zero_grad()
         loss = model(batch(step)).mean() * (float("nan") if step == 3 else 1.0)
         loss.backward()
         if torch.isfinite(loss):
+            truth.append(norm(model[0].weight))
             optimizer.step()
-            made += 1
-    assert watcher.current_step == made == 5
-    assert all(record["Gradients/0.weight"].nan_count == 0 for record in watcher.history)
+    assert watcher.current_step == len(truth) == 5
+    assert gradient_norms(watcher, "0.weight") == pytest.approx(truth, rel=1e-6)
+    assert all(record["Activations/0"].count == 16 * 8 for record in watcher.history)
+    assert all(record["ActivationGradients/0"].nan_count == 0 for record in watcher.history)
 
 
-def test_hand_written_updates(watch: Watch) -> None:
-    """An update without an optimizer is seen at the next forward pass, its gradients where they are left."""
+@pytest.mark.parametrize("clears", ["none before", "zeros before", "none after", "zeros after"])
+@pytest.mark.parametrize("clips", [False, True])
+def test_hand_written_updates(clips: bool, clears: str, watch: Watch) -> None:
+    """An update without an optimizer is seen at the next forward pass, its gradients however the loop clears them."""
     model = nn.Linear(4, 2)
     watcher, truth = watch(model), []
+
+    def clear(when: str) -> None:
+        if clears.endswith(when):
+            model.zero_grad(set_to_none=clears.startswith("none"))
+
     for step in range(5):
-        model.zero_grad()
-        model(batch(step)).square().mean().backward()
+        clear("before")
+        for micro in range(2):
+            model(batch(2 * step + micro)).square().mean().backward()
         truth.append(norm(model.weight))
+        if clips:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         with torch.no_grad():
             for p in model.parameters():
                 p.sub_(p.grad, alpha=0.1)  # type: ignore[arg-type]
+        if step < 4:
+            clear("after")
     assert watcher.current_step == 5
     watcher.close()
-    # Gradients are cleared before the next forward pass, so only those of the last step are left to be read.
-    assert watcher.history[-1].step == 4
-    assert watcher.history[-1]["Gradients/weight"].l2 == pytest.approx(truth[-1], rel=1e-6)
-    assert all("Activations/Linear" in record for record in watcher.history)
+    assert steps(watcher) == [0, 1, 2, 3, 4]
+    # Clipped gradients are seen where they are left: cleared, they are those that the last backward pass left.
+    if clips:
+        assert watcher.history[-1]["Gradients/weight"].l2 < 0.1
+        truth = truth[:-1]
+    assert gradient_norms(watcher, "weight")[: len(truth)] == pytest.approx(truth, rel=1e-6)
+    assert [record["Activations/Linear"].count for record in watcher.history] == [2 * 16 * 2] * 5
+
+
+def test_gradients_that_were_cleared_are_no_zeros(watch: Watch) -> None:
+    """After `zero_grad(set_to_none=False)` the last step, which was not sampled, has no gradient rather than zeros."""
+    model = mlp()
+    optimizer, watcher = sgd(model), watch(model, interval=10, scalar_interval=10)
+    for step in range(3):
+        model(batch(step)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    watcher.close()
+    assert steps(watcher) == [0, 2]
+    assert [len(gradient_norms(watcher, "0.weight"))] == [1]
+    assert all("Parameters/0.weight" in record for record in watcher.history)
 
 
 def test_updates_through_data_are_told_and_counted_by_hand(watch: Watch) -> None:
@@ -399,34 +593,39 @@ def test_updates_through_data_are_told_and_counted_by_hand(watch: Watch) -> None
                 p.grad = None
     assert len(caught) == 1
     assert watcher.current_step == 0
-    for step in range(3):
+    truth = []
+    for step in range(4):
         model(batch(step)).square().mean().backward()
+        truth.append(norm(model.weight))
         for p in model.parameters():
             p.data -= 0.1 * p.grad  # type: ignore[operator]
+        if step % 2:
+            model.zero_grad()
         watcher.step()
         model.zero_grad()
-    assert watcher.current_step == 3
-    assert steps(watcher) == [0, 1, 2]
-    assert all("Gradients/weight" in record for record in watcher.history)
+    assert watcher.current_step == 4
+    assert steps(watcher) == [0, 1, 2, 3]
+    assert gradient_norms(watcher, "weight") == pytest.approx(truth, rel=1e-6)
 
 
 def test_master_weights(watch: Watch) -> None:
     """An optimizer over float32 copies of the weights is taken for the clock."""
     model = nn.Linear(4, 2).to(torch.bfloat16)
     masters = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
-    optimizer, watcher = torch.optim.SGD(masters, lr=0.1), watch(model)
+    optimizer, watcher, truth = torch.optim.SGD(masters, lr=0.1), watch(model), []
     for step in range(6):
         model.zero_grad()
         model(batch(step, dtype=torch.bfloat16)).square().mean().backward()
         for master, p in zip(masters, model.parameters(), strict=True):
             master.grad = p.grad.float()  # type: ignore[union-attr]
+        truth.append(norm(masters[0]))
         optimizer.step()
         with torch.no_grad():
             for master, p in zip(masters, model.parameters(), strict=True):
                 p.copy_(master)
     assert watcher.current_step == 6
     assert steps(watcher)[-4:] == [2, 3, 4, 5]
-    assert "Gradients/weight" in watcher.history[-1]
+    assert gradient_norms(watcher, "weight")[-4:] == pytest.approx(truth[-4:], rel=1e-6)
 
 
 class Checkpointed(nn.Module):
@@ -450,12 +649,14 @@ class Checkpointed(nn.Module):
 def test_checkpointed_child(reentrant: bool, watch: Watch) -> None:
     """Under activation checkpointing a module counts once forward and once backward."""
     model = Checkpointed(reentrant)
-    optimizer, watcher = sgd(model), watch(model)
+    optimizer, watcher, truth = sgd(model), watch(model), []
     for step in range(3):
         optimizer.zero_grad()
         model(batch(step)).mean().backward()
+        truth.append(norm(model.body[0].weight))
         optimizer.step()
     assert steps(watcher) == [0, 1, 2]
+    assert gradient_norms(watcher, "body.0.weight") == pytest.approx(truth, rel=1e-6)
     for record in watcher.history:
         assert record["Activations/body.0"].count == 16 * 8
         assert record["ActivationGradients/body.0"].count == 16 * 8
@@ -466,12 +667,14 @@ def test_checkpointed_child(reentrant: bool, watch: Watch) -> None:
 def test_checkpointed_root(reentrant: bool, watch: Watch) -> None:
     """The root itself under activation checkpointing is one forward pass a step."""
     model = mlp()
-    optimizer, watcher = sgd(model), watch(model)
+    optimizer, watcher, truth = sgd(model), watch(model), []
     for step in range(3):
         optimizer.zero_grad()
         checkpoint(model, batch(step).requires_grad_(), use_reentrant=reentrant).mean().backward()
+        truth.append(norm(model[0].weight))
         optimizer.step()
     assert steps(watcher) == [0, 1, 2]
+    assert gradient_norms(watcher, "0.weight") == pytest.approx(truth, rel=1e-6)
     for record in watcher.history:
         assert record["Activations/0"].count == 16 * 8
         assert record["ActivationGradients/0"].count == 16 * 8
@@ -496,13 +699,15 @@ def test_gradient_penalty(watch: Watch) -> None:
 def test_forward_called_directly(watch: Watch) -> None:
     """`model.forward(x)` passes the root's hooks by: steps and gradients are right, its layers follow a step late."""
     model = mlp()
-    optimizer, watcher = sgd(model), watch(model)
+    optimizer, watcher, truth = sgd(model), watch(model), []
     for step in range(4):
         optimizer.zero_grad()
         model.forward(batch(step)).mean().backward()
+        truth.append(norm(model[0].weight))
         optimizer.step()
     assert steps(watcher) == [0, 1, 2, 3]
-    assert all("Gradients/0.weight" in record for record in watcher.history)
+    assert gradient_norms(watcher, "0.weight") == pytest.approx(truth, rel=1e-6)
+    assert [record["Activations/0"].count for record in list(watcher.history)[1:]] == [16 * 8] * 3
     assert ["Activations/0" in record for record in watcher.history] == [False, True, True, True]
 
 
@@ -510,15 +715,18 @@ def test_progressive_unfreezing(watch: Watch) -> None:
     """A layer that is frozen has values and no gradients; unfrozen, its gradients appear without another watch."""
     model = mlp()
     model[0].requires_grad_(False)
-    optimizer, watcher = sgd(model[3]), watch(model)
+    optimizer, watcher, truth = sgd(model[3]), watch(model), []
     for step in range(6):
         if step == 3:
             model[0].requires_grad_(True)
             optimizer.add_param_group({"params": list(model[0].parameters())})
         optimizer.zero_grad()
         model(batch(step)).mean().backward()
+        truth.append([norm(layer.weight) for layer in (model[0], model[3]) if layer.weight.grad is not None])
         optimizer.step()
     assert steps(watcher) == [0, 1, 2, 3, 4, 5]
+    assert gradient_norms(watcher, "3.weight") == pytest.approx([norms[-1] for norms in truth], rel=1e-6)
+    assert gradient_norms(watcher, "0.weight") == pytest.approx([norms[0] for norms in truth[3:]], rel=1e-6)
     assert ["Gradients/0.weight" in record for record in watcher.history] == [False] * 3 + [True] * 3
     assert all("Parameters/0.weight" in record for record in watcher.history)
 
@@ -526,7 +734,7 @@ def test_progressive_unfreezing(watch: Watch) -> None:
 def test_optimizer_made_anew(watch: Watch) -> None:
     """A new optimizer for the same parameters, or for more, goes on counting where the old one stood."""
     model = mlp()
-    watcher = watch(model)
+    watcher, truth = watch(model), []
     optimizer: torch.optim.Optimizer = sgd(model[3])
     for step in range(9):
         if step == 3:
@@ -535,25 +743,31 @@ def test_optimizer_made_anew(watch: Watch) -> None:
             optimizer = torch.optim.AdamW(model.parameters())
         optimizer.zero_grad()
         model(batch(step)).mean().backward()
+        truth.append(norm(model[3].weight))
         optimizer.step()
     assert watcher.current_step == 9
     assert steps(watcher) == list(range(9))
+    assert gradient_norms(watcher, "3.weight") == pytest.approx(truth, rel=1e-6)
+    # Only what an optimizer owns is a gradient that is used.
+    assert ["Gradients/0.weight" in record for record in watcher.history] == [False] * 6 + [True] * 3
 
 
 def test_ema(watch: Watch) -> None:
     """An averaged copy, updated and evaluated after each step, is neither a step nor recorded."""
     model = mlp()
-    optimizer, watcher = sgd(model), watch(model)
+    optimizer, watcher, truth = sgd(model), watch(model), []
     averaged = torch.optim.swa_utils.AveragedModel(model)
     second = copy.deepcopy(model)
     for step in range(4):
         optimizer.zero_grad()
         model(batch(step)).mean().backward()
+        truth.append(norm(model[0].weight))
         optimizer.step()
         averaged.update_parameters(model)
         averaged(batch(step))
         second(batch(step)).mean().backward()
     assert steps(watcher) == [0, 1, 2, 3]
+    assert gradient_norms(watcher, "0.weight") == pytest.approx(truth, rel=1e-6)
     assert all(record["Activations/0"].count == 16 * 8 for record in watcher.history)
 
 
@@ -563,14 +777,15 @@ def test_scheduler_with_a_compiled_model(watch: Watch) -> None:
     compiled = torch.compile(model, backend="eager")
     optimizer = sgd(model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    watcher = watch(compiled, compiled="outside")
+    watcher, truth = watch(compiled, compiled="outside"), []
     for step in range(4):
         optimizer.zero_grad()
         compiled(batch(step)).mean().backward()
+        truth.append(norm(model[0].weight))
         optimizer.step()
         scheduler.step()
     assert steps(watcher) == [0, 1, 2, 3]
-    assert all("Gradients/0.weight" in record for record in watcher.history)
+    assert gradient_norms(watcher, "0.weight") == pytest.approx(truth, rel=1e-6)
 
 
 def test_actor_and_critic_in_one_adam(watch: Watch) -> None:
@@ -601,18 +816,22 @@ def test_a_step_that_raises(watch: Watch) -> None:
 
     torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
     model = mlp()
-    optimizer, watcher = Moody(model.parameters(), lr=0.1), watch(model)
+    optimizer, watcher, truth = Moody(model.parameters(), lr=0.1), watch(model), []
     for step in range(6):
         optimizer.fails = step in (1, 2)
         optimizer.zero_grad()
         model(batch(step)).mean().backward()
+        gradient = norm(model[0].weight)
         try:
             optimizer.step()
         except RuntimeError:
             continue
+        truth.append(gradient)
     assert watcher.current_step == 4
     assert steps(watcher) == [0, 1, 2, 3]
+    assert gradient_norms(watcher, "0.weight") == pytest.approx(truth, rel=1e-6)
     assert all(record["Gradients/0.weight"].count == 32 for record in watcher.history)
+    assert all(record["Activations/0"].count == 16 * 8 for record in watcher.history)
 
 
 def test_another_models_optimizer_is_none_of_ours(watch: Watch) -> None:

@@ -41,7 +41,7 @@ __all__ = [
 class ForwardPass:
     """What one forward pass yielded so far, with the activation gradients that followed it."""
 
-    __slots__ = ("complete", "has_gradient", "in_backward", "is_loose", "step", "taken", "ungraded")
+    __slots__ = ("complete", "has_gradient", "in_backward", "is_loose", "outputs", "step", "taken", "ungraded")
 
     def __init__(self, in_backward: bool = False) -> None:
         self.in_backward = in_backward
@@ -58,6 +58,13 @@ class ForwardPass:
         """What was measured, in the order of execution."""
         self.ungraded: set[Site] = set()
         """Outputs that required no gradient: reentrant checkpointing will compute them again with one."""
+        self.outputs: list[weakref.ref[Confirmation]] = []
+        """The hooks on what the root returned, which live as long as the graph behind it."""
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Whether the graph of this pass is gone and no gradient has come through it."""
+        return bool(self.outputs) and not self.has_gradient and all(output() is None for output in self.outputs)
 
 
 class HookTarget(Protocol):
@@ -194,7 +201,7 @@ class GradientTap:
 class Confirmation:
     """Gradient hook of the root's output: gradients flow back, so the pass is a training pass."""
 
-    __slots__ = ("_pass", "_taps")
+    __slots__ = ("__weakref__", "_pass", "_taps")
 
     def __init__(self, taps: HookTarget, forward: ForwardPass) -> None:
         self._taps = weakref.ref(taps)

@@ -47,6 +47,9 @@ _Attached: TypeAlias = "tuple[ModuleHook, RemovableHandle]"
 WAITING_PASSES = 4096
 """Forward passes that may wait for their backward; of more, the oldest are given up."""
 
+LOOK_EVERY = 64
+"""Waiting passes after which those are given up whose graph is gone: an evaluation without `no_grad`, in train mode."""
+
 
 class PassListener(Protocol):
     """Who decides about forward passes and takes the tensors that they yield."""
@@ -56,6 +59,9 @@ class PassListener(Protocol):
 
     def forward_ends(self, has_failed: bool) -> None:
         """The root has returned, or an exception has left it."""
+
+    def backward_starts(self) -> None:
+        """Gradients begin to flow back through what the root returned."""
 
     def modules(self) -> Iterable[ModuleEntry]:
         """The modules to attach to, as the model is now."""
@@ -113,6 +119,7 @@ class Taps:
         self._leaf_handles: list[RemovableHandle] = []
         self._open: dict[int, ForwardPass] = {}
         self._waiting: list[ForwardPass] = []
+        self._do_outputs_tell = False
 
     def watch_root(self) -> None:
         """Have the root report when it is called; does nothing where it does so already."""
@@ -257,6 +264,9 @@ class Taps:
             self._listener.failed("the model's output", error)
 
     def _wait(self, forward: ForwardPass) -> None:
+        # Only where outputs tell: one that is a view and was changed in place has lost its hooks, not its backward.
+        if self._do_outputs_tell and len(self._waiting) % LOOK_EVERY == LOOK_EVERY - 1:
+            self._waiting = [waiting for waiting in self._waiting if not waiting.is_out_of_reach]
         self._waiting = [*self._waiting[1 - WAITING_PASSES :], forward]
 
     def _complete(self, output: Any, forward: ForwardPass) -> None:
@@ -268,13 +278,17 @@ class Taps:
             return
         for _, tensor in named_tensors(output):
             if tensor.requires_grad:
-                self._hook_tensor(tensor, Confirmation(self, forward))
+                confirmation = Confirmation(self, forward)
+                self._hook_tensor(tensor, confirmation)
+                forward.outputs.append(weakref.ref(confirmation))
                 forward.has_gradient = False
 
     def backward_starts(self, forward: ForwardPass) -> None:
         """Gradients flow back through the root's output of this pass."""
         if not forward.is_loose:
             self.in_backward_of = forward
+        self._do_outputs_tell = True
+        self._listener.backward_starts()
         if not forward.has_gradient:
             forward.has_gradient = True
             self.backwards += 1
