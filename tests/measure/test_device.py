@@ -1,0 +1,175 @@
+"""Measuring on a device, with a CPU in its place and a list for its queue: the same sketches, later, by one copy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instrument.measure.custom_op import measure
+from instrument.measure.device import CapturingError, DeviceBatch, DeviceSketch, accumulate
+from instrument.measure.sketch import CODES, Sketch, empty_moments, merge_all
+from instrument.measure.tensors import Values, readable
+from instrument.torch_private import Unseen
+
+TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SPECIAL = [0.0, -0.0, 1e-45, 1e-40, -1.4e-39, 1e-300, 3.4e38, 1e300, float("nan"), float("inf"), -float("inf"), 1.0]
+NUMBERS = st.one_of(st.sampled_from(SPECIAL), st.floats(width=32))
+
+
+class Queue:
+    """Stands for a device that works behind the caller's back: copies arrive when somebody waits for them."""
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.waits: list[str] = []
+        self.capturing = False
+
+    def is_capturing(self) -> bool:
+        return self.capturing
+
+    def to_host(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        host = torch.full_like(tensor, -1)
+        self.copies.append((host, tensor.clone()))
+        return host, self
+
+    def to_device(self, numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+        return torch.tensor(numbers, device=device)
+
+    def synchronize(self) -> None:
+        self.waits.append(threading.current_thread().name)
+        for host, tensor in self.copies:
+            host.copy_(tensor)
+
+    def writes(self, batch: DeviceBatch) -> None:
+        """One stream alone."""
+
+    def written(self, batch: DeviceBatch) -> None:
+        """One stream alone."""
+
+    def collects(self, batch: DeviceBatch) -> None:
+        """One stream alone."""
+
+
+def add(batch: DeviceBatch, tensor: torch.Tensor) -> DeviceSketch:
+    with Unseen():
+        return batch.add(readable(tensor))
+
+
+def assert_same(found: Sketch, expected: Sketch) -> None:
+    assert found.codes.tolist() == expected.codes.tolist()
+    assert found.counts.tolist() == expected.counts.tolist()
+    for field in ("count", "zero_count", "nan_count", "inf_count", "low", "high"):
+        assert getattr(found, field) == getattr(expected, field), field
+    rounding = 1e-12 * expected.abs_max * expected.count if expected.count else 0.0
+    np.testing.assert_allclose(found.total, expected.total, rtol=1e-12, atol=rounding)
+    np.testing.assert_allclose(found.total_squares, expected.total_squares, rtol=1e-12)
+
+
+def batch() -> tuple[DeviceBatch, Queue]:
+    queue = Queue()
+    return DeviceBatch(torch.device("cpu"), queue), queue
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(NUMBERS, max_size=40), st.sampled_from(TYPES))
+def test_operations_without_triton_give_the_codes_of_the_cpu_engine(values: list[float], dtype: torch.dtype) -> None:
+    """Whatever the values and their type, counts and extremes are those of the CPU engine, and sums within rounding."""
+    tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
+    rows, _ = batch()
+    assert_same(add(rows, tensor).sketch(), measure(tensor))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(-5, 300),
+        torch.tensor([True, False, True]),
+        torch.tensor([3 + 4j, 0j]),
+        torch.tensor([[1.0], [2.0]]).expand(2, 7),
+        torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).t()[::2],
+        torch.eye(5).to_sparse(),
+        torch.empty(0),
+    ],
+    ids=["whole", "bool", "complex", "expanded", "strided", "sparse", "empty"],
+)
+def test_tensors_of_all_kinds(tensor: torch.Tensor) -> None:
+    """Integers, bools, complex, expanded, strided, sparse and empty tensors are measured as on the CPU."""
+    rows, _ = batch()
+    assert_same(add(rows, tensor).sketch(), measure(tensor))
+
+
+def test_everything_travels_in_one_copy_that_nobody_waits_for() -> None:
+    """A hundred tensors and a scale make one copy at the flush; the first wait is by the thread that reads."""
+    rows, queue = batch()
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(5 + size, generator=generator) for size in range(100)]
+    later = [add(rows, tensor) for tensor in tensors]
+    scaled = later[0].divided(torch.tensor(1024.0))
+    assert isinstance(scaled, DeviceSketch)
+    assert queue.copies == []
+    rows.send()
+    rows.send()
+    assert len(queue.copies) == 1
+    assert queue.waits == []
+    found: list[Sketch] = []
+    reader = threading.Thread(target=lambda: found.extend(sketch.sketch() for sketch in later), name="reader")
+    reader.start()
+    reader.join()
+    assert queue.waits == ["reader"]
+    for sketch, tensor in zip(found, tensors, strict=True):
+        assert_same(sketch, measure(tensor))
+    assert_same(scaled.sketch(), measure(tensors[0] / 1024.0))
+
+
+def test_values_are_those_when_the_tensor_was_given() -> None:
+    """What happens to a tensor afterwards is not seen."""
+    rows, _ = batch()
+    tensor = torch.ones(4)
+    later = add(rows, tensor)
+    tensor.zero_()
+    assert later.sketch().mean == 1.0
+
+
+def test_small_tensors_together_are_those_one_by_one() -> None:
+    """Several small tensors, more than a block of rows has left, each get a sketch of their own."""
+    rows, _ = batch()
+    generator = torch.Generator().manual_seed(2)
+    tensors = [torch.randn(1 + size, generator=generator) for size in range(40)]
+    with Unseen():
+        later = rows.add_small(tensors) + rows.add_small(tensors)
+    for sketch, tensor in zip(later, tensors + tensors, strict=True):
+        assert_same(sketch.sketch(), measure(tensor))
+
+
+def test_merging_on_the_device_is_merging_on_the_host() -> None:
+    """Micro-batches that are added up before they travel give the sketch of all of them."""
+    rows, _ = batch()
+    tensors = [torch.tensor(values) for values in ([1.0, -2.0], [0.0, float("nan")], [float("inf"), 8.0])]
+    merged = rows.merge([add(rows, tensor) for tensor in tensors])
+    assert_same(merged.sketch(), merge_all([measure(tensor) for tensor in tensors]))
+
+
+def test_nothing_is_measured_while_a_graph_is_captured() -> None:
+    """A capture is refused before anything is launched: a replay would write to rows that are gone."""
+    rows, queue = batch()
+    queue.capturing = True
+    with pytest.raises(CapturingError, match="a CUDA graph is being captured"):
+        add(rows, torch.ones(3))
+    assert rows.rows == []
+
+
+def test_accumulators_are_added_to() -> None:
+    """As the operator does, values join what the accumulators hold."""
+    codes, moments = torch.zeros(CODES, dtype=torch.int64), torch.tensor(empty_moments())
+    first, second = torch.tensor([1.0, -3.0]), torch.tensor([0.5, float("nan")])
+    with Unseen():
+        for tensor in (first, second):
+            accumulate(Values(tensor, 1, 0), codes, moments)
+    assert_same(Sketch.from_dense(codes.numpy(), moments.tolist()), measure(torch.cat([first, second])))

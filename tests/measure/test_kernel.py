@@ -1,0 +1,79 @@
+"""The Triton kernels under Triton's interpreter: the codes of the CPU engine, one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+CHILD = """
+import json
+import warnings
+
+import numpy as np
+import torch
+
+from instrument.measure.custom_op import measure
+from instrument.measure.device import DeviceBatch, _kernel
+from instrument.measure.sketch import Sketch, merge_all
+from instrument.measure.tensors import readable
+from instrument.torch_private import Unseen
+from tests.measure.test_device import SPECIAL, TYPES, Queue, assert_same
+
+warnings.simplefilter("ignore")
+cpu = torch.device("cpu")
+assert _kernel(cpu).__name__ == "instrument.measure.kernel"
+launches = []
+for name in ("accumulate_values", "accumulate_segments"):
+    original = getattr(_kernel(cpu), name)
+    def counted(*args, original=original, name=name):
+        launches.append(name)
+        original(*args)
+    setattr(_kernel(cpu), name, counted)
+
+generator = torch.Generator().manual_seed(0)
+checked = 0
+for dtype in TYPES:
+    decades = torch.logspace(-30, 30, 9000, dtype=torch.float64)
+    spread = torch.randn(9000, generator=generator, dtype=torch.float64) * decades
+    patterns = torch.randint(-(2**31), 2**31 - 1, (5000,), generator=generator, dtype=torch.int32).view(torch.float32)
+    cases = [spread, torch.tensor(SPECIAL, dtype=torch.float64), patterns.double(), torch.zeros(1), torch.empty(0)]
+    for values in cases:
+        tensor = values.to(dtype)
+        with Unseen():
+            later = DeviceBatch(cpu, Queue()).add(readable(tensor))
+        assert_same(later.sketch(), measure(tensor))
+        checked += 1
+    small = [spread[start : start + 1 + 37 * start % 1500].to(dtype) for start in range(0, 700, 23)]
+    batch = DeviceBatch(cpu, Queue())
+    before = len(launches)
+    with Unseen():
+        together = batch.add_small(small)
+    assert launches[before:] == ["accumulate_segments"]
+    for later, tensor in zip(together, small, strict=True):
+        assert_same(later.sketch(), measure(tensor))
+        checked += 1
+for tensor in (torch.arange(300), torch.tensor([True, False]), torch.ones(3, 1).expand(3, 5), torch.eye(4).to_sparse()):
+    with Unseen():
+        later = DeviceBatch(cpu, Queue()).add(readable(tensor))
+    assert_same(later.sketch(), measure(tensor))
+    checked += 1
+print(json.dumps({"checked": checked, "launches": len(launches)}))
+"""
+
+
+def test_the_kernels_give_the_codes_of_the_cpu_engine() -> None:
+    """For every type, over sixty decades, random bit patterns and special values: counts and extremes are equal."""
+    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD], capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    counted = json.loads(result.stdout)
+    assert counted["checked"] == 4 * (5 + 31) + 4
+    assert counted["launches"] >= 4 * 5
