@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 
 import instrument
 from instrument.config import KINDS
-from instrument.measure.batch import Batch, Later
+from instrument.measure.batch import Batch, Pending
 from instrument.record.runs import resolve_run
 
 from .training import batch, mlp, read_back, train
@@ -150,7 +150,7 @@ def test_a_container_that_returns_what_its_child_returned_is_measured_once(
     measured: list[torch.Size] = []
     add = Batch.add
 
-    def counting(batch: Batch, tensor: torch.Tensor) -> instrument.Sketch | Later:
+    def counting(batch: Batch, tensor: torch.Tensor) -> instrument.Sketch | Pending:
         measured.append(tensor.shape)
         return add(batch, tensor)
 

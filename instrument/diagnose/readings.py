@@ -224,10 +224,10 @@ def _of_narrow(kind: str, name: str, sketch: Sketch, traits: Traits) -> dict[Tag
         return {}
     info = torch.finfo(traits.dtype)
     nonzero = sketch.count - sketch.zero_count
-    small = count_below(sketch.finite(), info.tiny / traits.scale) / nonzero if nonzero else 0.0
+    small = count_below(sketch.finite(), info.tiny / float(traits.scale)) / nonzero if nonzero else 0.0
     found = {Tag(kind, SUBNORMAL_FRACTION, name): small}
     if traits.dtype is torch.float16:  # float8 is scaled to fill its range
-        found[Tag(kind, RANGE_FRACTION, name)] = sketch.abs_max * traits.scale / info.max
+        found[Tag(kind, RANGE_FRACTION, name)] = sketch.abs_max * float(traits.scale) / info.max
     return found
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +26,13 @@ import torch
 
 from instrument.measure.cpu import BLOCK, copy_flat, count_numbers, measure_exactly
 from instrument.measure.custom_op import measure
+from instrument.measure.device import CapturingError, Devices, LateNumber, edge_for
 from instrument.measure.histogram import CODES, SIGN
-from instrument.measure.sketch import IntArray, Sketch
+from instrument.measure.sketch import IntArray, Sketch, merge_all
+from instrument.measure.tensors import readable
 from instrument.torch_private import Unseen, can_hide, flattened
 
-__all__ = ["GROUP", "SMALL", "Batch", "Later", "measure_later", "measure_many"]
+__all__ = ["GROUP", "SMALL", "Batch", "Divided", "Later", "Pending", "Together", "measure_later", "measure_many"]
 
 SMALL = 8192
 """Tensors of up to this many elements are measured together; a larger one is cheaper by itself."""
@@ -41,6 +44,9 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _CODE_SHIFT = np.uint32(20)
 GROUP = 1024
 """Tensors in a group, at most: each has counts of its own."""
+
+_MOST_TOGETHER = 64
+"""Small tensors on a GPU that one launch measures; their rows are as many."""
 
 _MOST_NUMBERS = 1024
 """Numbered codes beyond which those that no longer occur are given up."""
@@ -60,15 +66,24 @@ def measure_many(tensors: Iterable[torch.Tensor]) -> list[Sketch | Exception]:
         >>> [sketch.count for sketch in measure_many([torch.ones(3), torch.zeros(2)])]
         [3, 2]
     """
-    return [item.found() if isinstance(item, Later) else item for item in measure_later(tensors)]
+    return [_found(item) for item in measure_later(tensors)]
 
 
-def measure_later(tensors: Iterable[torch.Tensor], sample_above: int = 0) -> list[Sketch | Later | Exception]:
+def _found(item: Sketch | Pending | Exception) -> Sketch | Exception:
+    if isinstance(item, (Sketch, Exception)):
+        return item
+    return item.found() if isinstance(item, Later) else item.sketch()
+
+
+def measure_later(
+    tensors: Iterable[torch.Tensor], sample_above: int = 0, devices: Devices | None = None
+) -> list[Sketch | Pending | Exception]:
     """Measure several tensors as they are now; small ones are copied, for a microsecond each, and measured on demand.
 
     Args:
         tensors: As for `measure`. They may be made one by one: large ones are not held.
         sample_above: As for `measure`.
+        devices: Where those on a GPU wait until they are sent; without it, until they are asked for.
 
     Returns:
         For each tensor its sketch, or what will give it, or the exception that `measure` raises.
@@ -80,8 +95,10 @@ def measure_later(tensors: Iterable[torch.Tensor], sample_above: int = 0) -> lis
         >>> ones.zero_(), item.sketch().mean
         (tensor([0., 0., 0.]), 1.0)
     """
-    found: list[Sketch | Later | Exception] = []
+    found: list[Sketch | Pending | Exception] = []
     groups: dict[torch.dtype, _Group] = {}
+    devices = devices if devices is not None else Devices()
+    waiting: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
     with Unseen():
         for tensor in tensors:
             try:
@@ -92,13 +109,122 @@ def measure_later(tensors: Iterable[torch.Tensor], sample_above: int = 0) -> lis
                             group.copy()
                         group = groups[tensor.dtype] = _Group()
                     found.append(group.add(tensor))
+                elif _is_small_on_device(tensor):
+                    together = waiting.setdefault((tensor.device, tensor.dtype), [])
+                    together.append((len(found), tensor))
+                    found.append(CapturingError())
+                    if len(together) == _MOST_TOGETHER:
+                        _launch(together, devices, found)
                 else:
-                    found.append(measure(tensor, sample_above))
+                    found.append(_measure_large(tensor, sample_above, devices))
             except Exception as error:
                 found.append(error)
+        for together in waiting.values():
+            _launch(together, devices, found)
         for group in groups.values():
             group.copy()
     return found
+
+
+def _is_small_on_device(tensor: torch.Tensor) -> bool:
+    """Whether a tensor on a GPU is measured by one launch together with others."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.dtype in _TYPES
+        and tensor.layout is torch.strided
+        and 0 < tensor.numel() <= SMALL
+        and can_hide()
+        and edge_for(tensor.device) is not None
+    )
+
+
+def _launch(
+    together: list[tuple[int, torch.Tensor]], devices: Devices, found: list[Sketch | Pending | Exception]
+) -> None:
+    """Measure small tensors of one device and type, and put what will give their sketches into their places."""
+    places, tensors = [place for place, _ in together], [tensor for _, tensor in together]
+    together.clear()
+    try:
+        for place, sketch in zip(places, devices.add_small(tensors) if tensors else (), strict=True):
+            found[place] = sketch
+    except Exception as error:
+        for place in places:
+            found[place] = error
+
+
+def _measure_large(tensor: torch.Tensor, sample_above: int, devices: Devices) -> Sketch | Pending:
+    """Measure a tensor now, or where it lies; call it under `Unseen`."""
+    if edge_for(tensor.device) is not None and can_hide():
+        values = readable(tensor)
+        found = devices.add(values.tensor.device, values)
+        if found is not None:
+            return found
+    return measure(tensor, sample_above)
+
+
+class Pending(Protocol):
+    """A sketch that is not made yet."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the sketch can be had without a wait for a device."""
+
+    def sketch(self) -> Sketch:
+        """The sketch; whoever asks makes it, or waits for it."""
+
+
+class Divided:
+    """A sketch of values divided by a positive number, of which one or both are not known yet.
+
+    Args:
+        item: The sketch, or what will give it.
+        scale: The number.
+
+    Example:
+        >>> Divided(measure(torch.tensor([512.0])), 1024.0).sketch().max
+        0.5
+    """
+
+    __slots__ = ("_item", "_scale")
+
+    def __init__(self, item: Sketch | Pending, scale: float | LateNumber) -> None:
+        self._item = item
+        self._scale = scale
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the sketch can be had without a wait."""
+        is_known = isinstance(self._scale, float) or self._scale.is_there
+        return is_known and (isinstance(self._item, Sketch) or self._item.is_there)
+
+    def sketch(self) -> Sketch:
+        """The sketch."""
+        found = self._item if isinstance(self._item, Sketch) else self._item.sketch()
+        return found.divided(float(self._scale))
+
+
+class Together:
+    """Several sketches of one site, merged when they are asked for.
+
+    Args:
+        parts: One at least.
+    """
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Iterable[Sketch | Pending]) -> None:
+        self._parts = list(parts)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the sketch can be had without a wait."""
+        return all(isinstance(part, Sketch) or part.is_there for part in self._parts)
+
+    def sketch(self) -> Sketch:
+        """The sketch of all."""
+        merged = merge_all(part if isinstance(part, Sketch) else part.sketch() for part in self._parts)
+        self._parts = [merged]
+        return merged
 
 
 class Later:
@@ -109,6 +235,11 @@ class Later:
     def __init__(self, group: _Group, index: int) -> None:
         self._group = group
         self._index = index
+
+    @property
+    def is_there(self) -> bool:
+        """True: there is no device to wait for."""
+        return True
 
     def found(self) -> Sketch | Exception:
         """The sketch, or what went wrong; what waits is measured now unless that is done."""
@@ -198,10 +329,12 @@ class Batch:
     """
 
     def __init__(self, sample_above: int = 0) -> None:
+        self.devices = Devices()
+        """Where what lies on GPUs waits until the batch is cut."""
         self._sample_above = sample_above
         self._groups: dict[torch.dtype, _Group] = {}
 
-    def add(self, tensor: torch.Tensor) -> Sketch | Later:
+    def add(self, tensor: torch.Tensor) -> Sketch | Pending:
         """Measure a tensor as it is now, at once or later.
 
         Args:
@@ -215,7 +348,7 @@ class Batch:
         """
         with Unseen():
             if not _is_small(tensor):
-                return measure(tensor, self._sample_above)
+                return _measure_large(tensor, self._sample_above, self.devices)
             copy = tensor.clone()
         group = self._groups.get(copy.dtype)
         later = group.add_copy(copy) if group is not None else None
@@ -225,8 +358,12 @@ class Batch:
         return later
 
     def cut(self) -> None:
-        """Measure what comes apart from what came, so that whoever measures that holds up nobody who adds."""
+        """Measure what comes apart from what came, so that whoever measures that holds up nobody who adds.
+
+        What lies on GPUs begins its way to the host.
+        """
         self._groups = {}
+        self.devices.send()
 
 
 def _is_small(tensor: torch.Tensor) -> bool:

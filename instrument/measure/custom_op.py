@@ -15,6 +15,7 @@ import torch
 
 from instrument.errors import InstrumentError, UnmeasurableError
 from instrument.measure.cpu import accumulate_cpu, measure_cpu
+from instrument.measure.device import Devices, accumulate
 from instrument.measure.sketch import CODES, Sketch, empty_moments
 from instrument.measure.tensors import Values, chunks, readable
 from instrument.torch_private import Unseen, can_hide
@@ -37,6 +38,16 @@ def _measure_on_cpu(x: torch.Tensor, codes: torch.Tensor, moments: torch.Tensor)
         moments[0] = math.nan
 
 
+@torch.library.impl("instrument::measure", "CUDA")
+def _measure_on_cuda(x: torch.Tensor, codes: torch.Tensor, moments: torch.Tensor) -> None:
+    """The same where the accumulators lie, which no thread waits for."""
+    try:
+        with Unseen():
+            accumulate(readable(x.to(codes.device, non_blocking=True)), codes, moments)
+    except Exception:
+        moments[:1].fill_(math.nan)
+
+
 @torch.library.register_fake("instrument::measure")  # type: ignore[untyped-decorator]  # torch leaves it without
 def _measure_fake(x: torch.Tensor, codes: torch.Tensor, moments: torch.Tensor) -> None:
     """Nothing is returned, so there is no shape to work out."""
@@ -50,7 +61,7 @@ def measure(tensor: torch.Tensor, sample_above: int = 0) -> Sketch:
             its magnitude; sparse by its values plus the zeros implied; DTensor by its local shard.
         sample_above: The histogram of a tensor with more elements is made of about this many of them, which takes
             two thirds of the time; 0 means that it is always made of all. Statistics and counts of zeros, NaN and Inf
-            are of all values in any case.
+            are of all values in any case. On a GPU, where it would save nothing, it is of all.
 
     Returns:
         The sketch; its `histogram_share` says where it was sampled.
@@ -71,7 +82,10 @@ def measure(tensor: torch.Tensor, sample_above: int = 0) -> Sketch:
         raise UnmeasurableError("a dispatch mode is active, and this version of torch offers no way to step out of it")
     with Unseen():
         values = readable(tensor)
-        return measure_cpu(values, sample_above) if values.tensor.is_cpu else _measure_by_transfer(values)
+        if values.tensor.is_cpu:
+            return measure_cpu(values, sample_above)
+        on_its_way = Devices().add(values.tensor.device, values)
+        return on_its_way.sketch() if on_its_way is not None else _measure_by_transfer(values)
 
 
 def _measure_by_transfer(values: Values) -> Sketch:

@@ -9,32 +9,51 @@ a sketch, which is the writer's thread, waits for that event. The training threa
 | codes and moments | one kernel that reads each value once | a dozen operations of torch; not `bincount`, which waits |
 | many small tensors | one launch for all of them | one tensor after the other |
 
-While a CUDA graph is captured nothing is measured: a replay would add to rows that are gone.
+A row is 33 kB, so a batch of many rows is sent before the step ends: what has arrived is merged on the host, and
+micro-batches do not pile up on the device. While a CUDA graph is captured nothing is measured: a replay would add to
+rows that are gone.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from instrument.errors import UnmeasurableError
 from instrument.measure.histogram import CODES, SIGN
-from instrument.measure.sketch import MOMENTS, Sketch
+from instrument.measure.sketch import MOMENTS, Sketch, empty_moments
 from instrument.measure.tensors import Values, chunks
 from instrument.torch_private import Unseen
 
-__all__ = ["CapturingError", "DeviceBatch", "DeviceSketch", "Edge", "accumulate"]
+__all__ = [
+    "CapturingError",
+    "DeviceBatch",
+    "DeviceSketch",
+    "Devices",
+    "Edge",
+    "LateNumber",
+    "Marked",
+    "RowSketch",
+    "accumulate",
+    "edge_for",
+    "is_capturing",
+]
 
 WIDTH = CODES + 8
 """Columns of a row of accumulators: codes, moments in the bits of float64, and room to keep rows aligned."""
 
 _ROWS = 64
+_MOST_ROWS = 1024
+"""Rows of a batch, 34 MB, from which on it is sent though the step goes on."""
+
 _PIECE = 1 << 22
 """Elements that are worked on at once without Triton, where float64 copies of them are made."""
 
@@ -47,9 +66,15 @@ _NEW_MOMENTS = (0.0, 0.0, 0.0, float("inf"), float("-inf"))
 class CapturingError(UnmeasurableError):
     """A CUDA graph is being captured."""
 
+    def __init__(self) -> None:
+        super().__init__("a CUDA graph is being captured: what runs inside of it is not measured")
+
 
 class Done(Protocol):
     """Stands behind work that was given to a device."""
+
+    def query(self) -> bool:
+        """Whether the work is done."""
 
     def synchronize(self) -> None:
         """Return when the work is done."""
@@ -60,6 +85,9 @@ class Edge(Protocol):
 
     def is_capturing(self) -> bool:
         """Whether a graph is being captured from what is launched now."""
+
+    def mark(self) -> Done:
+        """What tells when all that was launched so far is done."""
 
     def to_host(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Done]:
         """Start to copy a tensor to the host; gives the copy and what tells when it is there."""
@@ -86,10 +114,13 @@ class CudaEdge:
     def to_host(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Done]:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         host.copy_(tensor, non_blocking=True)
+        return host, self.mark()
+
+    def mark(self) -> Done:
         event = torch.cuda.Event()
         event.record()
         done: Done = event
-        return host, done
+        return done
 
     def to_device(self, numbers: Sequence[int], device: torch.device) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
@@ -120,6 +151,21 @@ class CudaEdge:
             stream.wait_event(event)
 
 
+def edge_for(device: torch.device) -> Edge | None:
+    """The edge of a device on which tensors are measured where they lie; None for all others.
+
+    Example:
+        >>> edge_for(torch.device("cpu")) is None
+        True
+    """
+    return CudaEdge() if device.type == "cuda" else None
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and bool(torch.cuda.is_current_stream_capturing())
+
+
 class DeviceBatch:
     """Rows of accumulators on one device that travel to the host together.
 
@@ -139,7 +185,6 @@ class DeviceBatch:
         self.is_sent = False
         self._edge: Edge = edge or CudaEdge()
         self._used = 0
-        self._scales: list[torch.Tensor] = []
         self._host: torch.Tensor | None = None
         self._done: Done | None = None
         self._lock = threading.RLock()
@@ -157,7 +202,7 @@ class DeviceBatch:
             CapturingError: A CUDA graph is being captured.
         """
         if self._edge.is_capturing():
-            raise CapturingError("a CUDA graph is being captured: what runs inside of it is not measured")
+            raise CapturingError
         self._edge.writes(self)
         row = self._new_row()
         codes, moments = self._accumulators(row)
@@ -175,7 +220,7 @@ class DeviceBatch:
         if kernel is None or len(tensors) == 1 or tensors[0].dtype not in _FLOATS:
             return [self.add(Values(tensor, 1, 0)) for tensor in tensors]
         if self._edge.is_capturing():
-            raise CapturingError("a CUDA graph is being captured: what runs inside of it is not measured")
+            raise CapturingError
         self._edge.writes(self)
         starts = [0]
         for tensor in tensors:
@@ -192,26 +237,15 @@ class DeviceBatch:
         self._edge.written(self)
         return [DeviceSketch(self, first + index) for index in range(len(tensors))]
 
-    def merge(self, parts: Sequence[DeviceSketch]) -> DeviceSketch:
-        """One row of several, added on the device: micro-batches must not pile up."""
-        with Unseen():
-            self._edge.writes(self)
-            row = self._new_row()
-            codes, moments = self._accumulators(row)
-            for part in parts:
-                part_codes, part_moments = part.accumulators()
-                codes += part_codes
-                moments[:3] += part_moments[:3]
-                torch.minimum(moments[3], part_moments[3], out=moments[3])
-                torch.maximum(moments[4], part_moments[4], out=moments[4])
-            self._edge.written(self)
-        return DeviceSketch(self, row)
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to send it."""
+        return self._used >= _MOST_ROWS
 
-    def add_scale(self, scale: torch.Tensor) -> int:
-        """Let a number on the device, of shape (), travel too; gives its place."""
-        with Unseen():
-            self._scales.append(scale.detach().to(self.device, torch.float64, non_blocking=True).clone())
-        return len(self._scales) - 1
+    @property
+    def is_there(self) -> bool:
+        """Whether the copy has arrived."""
+        return self.is_sent and (self._done is None or self._done.query())
 
     def send(self) -> None:
         """Start the copy to the host; nothing is added from then on, and nothing waits."""
@@ -223,14 +257,10 @@ class DeviceBatch:
                 return
             with Unseen(), _on(self.device):
                 self._edge.collects(self)
-                parts = [block.view(-1) for block in self.rows]
-                if self._scales:
-                    parts.append(torch.stack(self._scales).view(torch.int64))
-                self._host, self._done = self._edge.to_host(torch.cat(parts))
+                self._host, self._done = self._edge.to_host(torch.cat([block.view(-1) for block in self.rows]))
             self.rows.clear()
-            self._scales.clear()
 
-    def found(self, row: int, scale: int | None) -> Sketch:
+    def found(self, row: int) -> Sketch:
         """The sketch of a row; waits until the copy is there, and starts it where that was not done."""
         self.send()
         with self._lock:
@@ -239,18 +269,7 @@ class DeviceBatch:
             if done is not None:
                 done.synchronize()
                 self._done = None
-        numbers = host[row * WIDTH : (row + 1) * WIDTH]
-        moments = numbers[CODES : CODES + MOMENTS].view(torch.float64).tolist()
-        sketch = Sketch.from_dense(numbers[:CODES].numpy(), moments)
-        if scale is None:
-            return sketch
-        blocks = -(-self._used // _ROWS)
-        place = blocks * _ROWS * WIDTH + scale
-        return sketch.divided(float(host[place : place + 1].view(torch.float64)))
-
-    def accumulators(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and moments of a row, on the device."""
-        return self._accumulators(row)
+        return _sketch_of(host[row * WIDTH : (row + 1) * WIDTH])
 
     def _new_row(self) -> int:
         row = self._used
@@ -268,41 +287,169 @@ class DeviceBatch:
         return numbers[:CODES], numbers[CODES : CODES + MOMENTS].view(torch.float64)
 
 
+def _sketch_of(row: torch.Tensor) -> Sketch:
+    """The sketch of a row on the host; nothing where a graph could not measure, which makes the count NaN."""
+    moments = row[CODES : CODES + MOMENTS].view(torch.float64).tolist()
+    if math.isnan(moments[0]):
+        return Sketch.from_dense(np.zeros(CODES, np.int64), empty_moments().tolist())
+    return Sketch.from_dense(row[:CODES].numpy(), moments)
+
+
 class DeviceSketch:
     """The sketch of a tensor on a device, on its way to the host."""
 
-    __slots__ = ("_batch", "_found", "_row", "_scale")
+    __slots__ = ("_batch", "_found", "_row")
 
-    def __init__(self, batch: DeviceBatch, row: int, scale: int | None = None) -> None:
+    def __init__(self, batch: DeviceBatch, row: int) -> None:
         self._batch: DeviceBatch | None = batch
         self._row = row
-        self._scale = scale
         self._found: Sketch | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the sketch can be had without a wait."""
+        batch = self._batch
+        return batch is None or batch.is_there
 
     def sketch(self) -> Sketch:
         """The sketch; waits until the copy is there."""
         batch = self._batch
         if batch is not None:
-            self._found = batch.found(self._row, self._scale)
+            self._found = batch.found(self._row)
             self._batch = None
         assert self._found is not None
         return self._found
 
-    def divided(self, scale: torch.Tensor) -> DeviceSketch | Sketch:
-        """The sketch of all values divided by a positive number that may lie on a device; nothing waits.
 
-        Args:
-            scale: Of shape ().
+class Devices:
+    """The batches that fill, one a device.
+
+    Example:
+        >>> Devices().add(torch.device("cpu"), Values(torch.ones(3), 1, 0)) is None
+        True
+    """
+
+    def __init__(self) -> None:
+        self._batches: dict[torch.device, DeviceBatch] = {}
+
+    def add(self, device: torch.device, values: Values) -> DeviceSketch | None:
+        """Measure a tensor as it is now, where it lies; None where it is to be measured otherwise.
+
+        Call it under `Unseen`.
+
+        Raises:
+            CapturingError: A CUDA graph is being captured.
         """
-        batch = self._batch
-        if batch is None or batch.is_sent:
-            return self.sketch().divided(float(scale))
-        return DeviceSketch(batch, self._row, batch.add_scale(scale))
+        batch = self._batch(device)
+        return batch.add(values) if batch is not None else None
 
-    def accumulators(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and moments on the device, where they have not left it."""
-        assert self._batch is not None
-        return self._batch.accumulators(self._row)
+    def add_small(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch]:
+        """The same for several small tensors of one type, on one device that has an edge; see `DeviceBatch`."""
+        batch = self._batch(tensors[0].device)
+        assert batch is not None
+        return batch.add_small(tensors)
+
+    def send(self) -> None:
+        """Start the copies to the host; what is added from then on travels later."""
+        batches, self._batches = self._batches, {}
+        for batch in batches.values():
+            batch.send()
+
+    def _batch(self, device: torch.device) -> DeviceBatch | None:
+        batch = self._batches.get(device)
+        if batch is None or batch.is_full or batch.is_sent:
+            edge = edge_for(device)
+            if edge is None:
+                return None
+            if batch is not None:
+                batch.send()
+            batch = self._batches[device] = DeviceBatch(device, edge)
+        return batch
+
+
+class Marked:
+    """A tensor that nobody changes any more, and a mark behind what computes it.
+
+    Args:
+        tensor: On any device.
+    """
+
+    __slots__ = ("_done", "_tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        edge = edge_for(tensor.device)
+        self._done = edge.mark() if edge is not None else None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it can be fetched without a wait for what computes it."""
+        return self._done is None or self._done.query()
+
+    def fetch(self) -> torch.Tensor:
+        """The tensor on the host; waits for the device, whatever the stream it was computed on."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._tensor.cpu()
+
+
+class LateNumber:
+    """A number that lies on a device, such as the scale of a gradient scaler, as it is now.
+
+    Args:
+        tensor: Of shape ().
+
+    Example:
+        >>> float(LateNumber(torch.tensor(1024.0)))
+        1024.0
+    """
+
+    __slots__ = ("_found", "_marked")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        with Unseen():
+            self._marked: Marked | None = Marked(tensor.detach().clone())
+        self._found = 1.0
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is known without a wait."""
+        marked = self._marked
+        return marked is None or marked.is_there
+
+    def __float__(self) -> float:
+        marked = self._marked
+        if marked is not None:
+            self._found = float(marked.fetch())
+            self._marked = None
+        return self._found
+
+
+class RowSketch:
+    """The sketch of accumulators that a compiled graph filled on a device; they are made new.
+
+    Args:
+        codes: Int64 of shape (4096,).
+        moments: Float64 of shape (5,).
+    """
+
+    __slots__ = ("_marked",)
+
+    def __init__(self, codes: torch.Tensor, moments: torch.Tensor) -> None:
+        with Unseen():
+            self._marked = Marked(torch.cat((codes, moments.view(torch.int64))))
+            codes.zero_()
+            for place, value in enumerate(_NEW_MOMENTS):
+                moments[place].fill_(value)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the sketch can be had without a wait."""
+        return self._marked.is_there
+
+    def sketch(self) -> Sketch:
+        """The sketch; waits for the device."""
+        return _sketch_of(self._marked.fetch())
 
 
 def accumulate(values: Values, codes: torch.Tensor, moments: torch.Tensor) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from instrument.capture.names import Site
-from instrument.measure.batch import Later
+from instrument.measure.batch import Pending, Together
+from instrument.measure.device import LateNumber
 from instrument.measure.histogram import FloatArray
-from instrument.measure.sketch import Sketch, merge_all
+from instrument.measure.sketch import Sketch
 from instrument.measure.units import DeviceTally, UnitTally, merge_tallies
 from instrument.record.statistics import SLICE, statistics_of, yield_lock
 from instrument.record.tags import tag_of
@@ -66,7 +67,7 @@ class Traits(NamedTuple):
     dtype: torch.dtype
     ndim: int
     requires_grad: bool
-    scale: float = 1.0
+    scale: float | LateNumber = 1.0
     """What the values were multiplied by in the tensor: that of a gradient scaler."""
 
 
@@ -97,7 +98,7 @@ class StepRecord(Mapping[str, Sketch]):
     def __init__(
         self,
         step: int,
-        sketches: Mapping[str, Sketch | Later],
+        sketches: Mapping[str, Sketch | Pending],
         wall_time: float,
         skipped: bool = False,
         units: Mapping[str, UnitTally] = NO_UNITS,
@@ -114,7 +115,7 @@ class StepRecord(Mapping[str, Sketch]):
 
     def __getitem__(self, tag: str) -> Sketch:
         found = self._sketches[tag]
-        if isinstance(found, Later):
+        if not isinstance(found, Sketch):
             found = self._sketches[tag] = found.sketch()
         return found
 
@@ -173,7 +174,7 @@ class Buffer:
         self.traits: dict[Site, Traits] = {}
         """What the tensor of each site was when it was last measured."""
         self._wall_time = 0.0
-        self._parts: dict[Site, Sketch | Later | list[Sketch | Later]] = {}
+        self._parts: dict[Site, Sketch | Pending | list[Sketch | Pending]] = {}
         # Most sites have one sketch a step: a list for each would keep the garbage collector busy.
         self._units: dict[str, list[UnitTally | DeviceTally]] = {}
 
@@ -184,7 +185,7 @@ class Buffer:
             self.skipped = False
         self.step = step
 
-    def add(self, site: Site, sketch: Sketch | Later) -> None:
+    def add(self, site: Site, sketch: Sketch | Pending) -> None:
         """Add a sketch to the step; sketches of one site are merged."""
         parts = self._parts.get(site)
         if parts is None:
@@ -193,8 +194,8 @@ class Buffer:
         if not isinstance(parts, list):
             parts = self._parts[site] = [parts]
         parts.append(sketch)
-        if len(parts) > MERGE_AFTER:
-            parts[:] = [_merged(parts)]
+        if len(parts) > MERGE_AFTER and all(isinstance(part, Sketch) or part.is_there for part in parts):
+            parts[:] = [Together(parts).sketch()]
 
     def add_units(self, name: str, tally: UnitTally | DeviceTally) -> None:
         """Add a tally of a module's units to the step; tallies of one name are merged."""
@@ -211,7 +212,7 @@ class Buffer:
         """How many samples the step has of a module's units, as far as that is known without waiting."""
         return sum(tally.samples for tally in self._units.get(name, ()) if isinstance(tally, UnitTally))
 
-    def divide(self, site: Site, scale: float) -> None:
+    def divide(self, site: Site, scale: float | LateNumber) -> None:
         """Note that the sketches of a site are those of its values divided by a scale."""
         traits = self.traits.get(site)
         if traits is not None:
@@ -265,8 +266,8 @@ _known_tag = functools.lru_cache(maxsize=65_536)(tag_of)
 """The tags of sites come again each step."""
 
 
-def _merged(parts: Sketch | Later | list[Sketch | Later]) -> Sketch | Later:
-    """The parts of one site as one; a part that is alone may wait on."""
+def _merged(parts: Sketch | Pending | list[Sketch | Pending]) -> Sketch | Pending:
+    """The parts of one site as one, which is made when it is asked for."""
     if not isinstance(parts, list):
         return parts
-    return merge_all(part.sketch() if isinstance(part, Later) else part for part in parts)
+    return Together(parts)

@@ -16,7 +16,8 @@ from instrument.capture.selector import Selector
 from instrument.capture.shards import Shards
 from instrument.config import Config
 from instrument.errors import UnmeasurableError
-from instrument.measure.batch import Batch, Later, measure_later
+from instrument.measure.batch import Batch, Divided, Pending, measure_later
+from instrument.measure.device import CapturingError, LateNumber, edge_for, is_capturing
 from instrument.measure.sketch import Sketch
 from instrument.measure.units import DeviceTally, UnitTally
 from instrument.record.buffer import Buffer, StepRecord, Traits
@@ -30,7 +31,7 @@ __all__ = ["Collector", "Pairs"]
 Pairs: TypeAlias = "list[tuple[str, nn.Parameter]]"
 """Names and parameters."""
 
-Measured: TypeAlias = "Sketch | Later | UnitTally | DeviceTally | int | None"
+Measured: TypeAlias = "Sketch | Pending | UnitTally | DeviceTally | int | None"
 """What came of looking at a tensor or at the call of a module."""
 
 
@@ -61,10 +62,10 @@ class Collector:
         self._samples = 0
         self._sample_above = config.histogram_sample_above
         self._batch = Batch(self._sample_above)
-        self._kept: dict[Site, Sketch | Later] = {}
+        self._kept: dict[Site, Sketch | Pending] = {}
         self._kept_for: int | None = None
         self._is_end_awaited = False
-        self._last: tuple[weakref.ref[torch.Tensor], int, Sketch | Later] | None = None
+        self._last: tuple[weakref.ref[torch.Tensor], int, Sketch | Pending] | None = None
         self.select()
 
     @property
@@ -111,7 +112,7 @@ class Collector:
         model = self._model()
         return list(model.parameters()) if model is not None else []
 
-    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | Later | None:
+    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | Pending | None:
         """Measure a tensor as it is now, at once or later; None where that cannot be done."""
         try:
             if self.shards is not None:
@@ -128,12 +129,14 @@ class Collector:
 
     def _cannot(self, site: Site, error: Exception) -> None:
         """Tell why a tensor was not measured."""
-        if isinstance(error, UnmeasurableError):
+        if isinstance(error, CapturingError):
+            self._notices.say(str(error))
+        elif isinstance(error, UnmeasurableError):
             self._notices.say(f"{place_of(site)} are not measured: {error}")
         else:
             self._notices.failed(place_of(site), error)
 
-    def _measure(self, tensor: torch.Tensor) -> Sketch | Later:
+    def _measure(self, tensor: torch.Tensor) -> Sketch | Pending:
         """Measure, unless it is the tensor measured last: a container returns what its last child returned."""
         remembered = self._last
         if remembered is not None and remembered[0]() is tensor and remembered[1] == version_of(tensor):
@@ -176,8 +179,12 @@ class Collector:
 
     def add(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
         """Measure tensors into the record."""
+        if is_capturing():
+            self._notices.say(str(CapturingError()))
+            return
         sites: list[Site] = []
-        for site, found in zip(sites, measure_later(self._wanted(tensors, sites), self._sample_above), strict=True):
+        measured = measure_later(self._wanted(tensors, sites), self._sample_above, self._batch.devices)
+        for site, found in zip(sites, measured, strict=True):
             if isinstance(found, Exception):
                 self._cannot(site, found)
             else:
@@ -293,6 +300,7 @@ class Collector:
                 measured inside of a graph.
             scale: What a gradient scaler has multiplied gradients by, of shape ().
         """
+        divisor: float | LateNumber | None = None
         for site, item in measured:
             if isinstance(item, (UnitTally, DeviceTally)):
                 self.buffer.add_units(site.name, item)
@@ -304,17 +312,16 @@ class Collector:
                 self._notices.say(f"{place_of(site)} could not be measured inside the graph")
                 continue
             if scale is not None and site.kind == "activation_gradients":
-                try:
-                    self.buffer.divide(site, float(scale))
-                    item = (item.sketch() if isinstance(item, Later) else item).divided(float(scale))
-                except Exception as error:
-                    self._cannot(site, error)
-                    continue
+                divisor = divisor or (float(scale) if edge_for(scale.device) is None else LateNumber(scale))
+                self.buffer.divide(site, divisor)
+                item = Divided(item, divisor)
             self.buffer.add(site, item)
 
 
 def _is_cleared(gradient: torch.Tensor) -> bool:
-    """Whether all of a gradient is zero; of kinds that cannot tell, it is not."""
+    """Whether all of a gradient is zero; of kinds that cannot tell, or not without a wait for a device, it is not."""
+    if not gradient.is_cpu:
+        return False
     try:
         with Unseen():
             return gradient.numel() > 0 and not bool(gradient.count_nonzero())

@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from instrument.capture.hooks import InertHook
 from instrument.capture.names import ModuleEntry, Site
+from instrument.measure.device import RowSketch
 from instrument.measure.sketch import CODES, Sketch, empty_moments
 from instrument.torch_private import (
     called_from_compiled_function,
@@ -115,8 +116,9 @@ class _GraphTap(InertHook):
                 Site("activation_gradients", name)
             )
             for kind in ("activations", "activation_gradients"):
-                setattr(self, f"codes:{kind}{path}", torch.zeros(CODES, dtype=torch.int64))
-                setattr(self, f"moments:{kind}{path}", torch.from_numpy(empty_moments()))
+                device = self.switch.device
+                setattr(self, f"codes:{kind}{path}", torch.zeros(CODES, dtype=torch.int64, device=device))
+                setattr(self, f"moments:{kind}{path}", torch.from_numpy(empty_moments()).to(device))
         return self.wanted[path]
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -148,11 +150,18 @@ class _GraphTap(InertHook):
             for key, part in output.items():
                 self._visit(f"{path}[{key}]", part)
 
-    def take(self) -> Iterator[tuple[Site, Sketch | None]]:
-        """What was accumulated since the last call; None for what could not be measured."""
+    def take(self) -> Iterator[tuple[Site, Sketch | RowSketch | None]]:
+        """What was accumulated since the last call; None for what could not be measured.
+
+        What lies on a GPU is not looked at, so that a module that was not called has a sketch of nothing.
+        """
         for path in self.wanted:
             for kind in ("activations", "activation_gradients"):
                 codes, moments = getattr(self, f"codes:{kind}{path}"), getattr(self, f"moments:{kind}{path}")
+                if not codes.is_cpu:
+                    self.was_called = True
+                    yield Site(kind, self.name + path), RowSketch(codes, moments)
+                    continue
                 counts, found = codes.numpy(), moments.numpy()
                 if found[0] or counts.any():
                     self.was_called = True
@@ -168,9 +177,12 @@ class GraphTaps:
     Args:
         entries: The selected modules.
         wants: Whether a site is watched.
+        device: Where the model's parameters lie.
     """
 
-    def __init__(self, entries: Iterable[ModuleEntry], wants: Callable[[Site], bool]) -> None:
+    def __init__(self, entries: Iterable[ModuleEntry], wants: Callable[[Site], bool], device: torch.device) -> None:
+        self.device = device if device.type == "cuda" else torch.device("cpu")
+        """Where accumulators lie: with the model on a GPU, where nothing waits for them."""
         never_compile_code(_GraphTap.__call__.__code__)  # where it runs outside of a graph; within one it is inlined
         self.is_on = False
         """Whether this step is sampled."""
@@ -182,7 +194,7 @@ class GraphTaps:
             self._taps.append(tap)
             self._handles.append(entry.module.register_forward_hook(tap))
 
-    def collect(self) -> Iterator[tuple[Site, Sketch | None]]:
+    def collect(self) -> Iterator[tuple[Site, Sketch | RowSketch | None]]:
         """What was measured since the last call; None for what could not be."""
         for tap in self._taps:
             yield from tap.take()

@@ -23,7 +23,8 @@ from instrument.capture.names import ModuleEntry, Site
 from instrument.capture.patterns import Patterns
 from instrument.capture.steps import StepClock
 from instrument.config import Config
-from instrument.measure.batch import Later
+from instrument.measure.batch import Pending
+from instrument.measure.device import CapturingError, is_capturing
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord
 from instrument.torch_private import calling_scale
@@ -82,6 +83,7 @@ class Session:
         self._running: set[int] = set()
         self._silent_backwards = 0
         self._are_calls_checked = False
+        self._was_capturing = False
         self._inside_graph: dict[str, None] = {}
         told = MeteredSteps(meter, self) if meter else self
         self.clock = StepClock(self.collector.every_parameter, told, initial_step, optimizer)
@@ -90,7 +92,9 @@ class Session:
         self.taps = MeteredTaps(meter, model, self, always_tell) if meter else Taps(model, self, always_tell)
         self._graph_taps: GraphTaps | None = None
         if config.compiled == "graph":
-            self._graph_taps = GraphTaps(self.collector.select(), self.collector.wants)
+            first = next(iter(self.collector.every_parameter()), None)
+            device = first.device if first is not None else torch.device("cpu")
+            self._graph_taps = GraphTaps(self.collector.select(), self.collector.wants, device)
 
     def open(self) -> None:
         """Begin to watch."""
@@ -111,6 +115,10 @@ class Session:
             if not self.clock.is_stepping:
                 self.settle(lenient=False)
             is_sampled = any(self.schedule.is_sampled(step) for step in self.clock.due())
+            if is_sampled and is_capturing():
+                self.notices.say(str(CapturingError()))
+                self._was_capturing = True
+                return False
             if self._stance is not None and is_sampled and training:
                 self._stance.root_starts()
         except Exception as error:
@@ -144,7 +152,7 @@ class Session:
         """Whether this site is watched."""
         return self.collector.wants(site)
 
-    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | Later | None:
+    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | Pending | None:
         """Measure a tensor as it is now, at once or later; None where that cannot be done."""
         return self.collector.take(site, tensor)
 
@@ -382,7 +390,8 @@ class Session:
 
     def _check_calls(self) -> None:
         """After the first sampled step: say what is seen in part, and which selected modules were never called."""
-        if self._are_calls_checked:
+        if self._are_calls_checked or self._was_capturing:  # what a graph captured was not seen, and that is said
+            self._was_capturing = False
             return
         self._are_calls_checked = True
         self.collector.tell_of_ranks()

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from instrument.measure.device import Marked
 from instrument.measure.histogram import FloatArray, IntArray
 
 __all__ = ["BoolArray", "DeviceTally", "UnitTally", "Witness", "merge_tallies"]
@@ -152,12 +153,12 @@ class DeviceTally:
     __slots__ = ("_make", "_numbers")
 
     def __init__(self, numbers: torch.Tensor, make: Callable[[Any], UnitTally]) -> None:
-        self._numbers = numbers
+        self._numbers = Marked(numbers)
         self._make = make
 
     def fetch(self) -> UnitTally:
         """Copy the numbers to the host and make the tally of them."""
-        return self._make(self._numbers.cpu().numpy())
+        return self._make(self._numbers.fetch().numpy())
 
 
 def merge_tallies(tallies: Iterable[UnitTally | DeviceTally]) -> UnitTally:
