@@ -131,7 +131,7 @@ def test_a_fault_of_ours_is_told_once_and_training_goes_on(tmp_path: Path, monke
     plain = mlp()
     expected = train(plain, torch.optim.SGD(plain.parameters(), lr=0.1), 5)
 
-    def broken(tensors: Iterable[torch.Tensor], sample_above: int) -> list[Exception]:
+    def broken(tensors: Iterable[torch.Tensor], *_: Any) -> list[Exception]:
         return [ZeroDivisionError("deliberate") for _ in tensors]
 
     model = mlp()
@@ -150,7 +150,7 @@ def test_a_fault_of_ours_is_told_once_and_training_goes_on(tmp_path: Path, monke
 def test_warnings_as_errors_do_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where warnings are errors, as in this test suite, a fault of ours still raises nothing."""
 
-    def broken(tensors: Iterable[torch.Tensor], sample_above: int) -> list[Exception]:
+    def broken(tensors: Iterable[torch.Tensor], *_: Any) -> list[Exception]:
         return [ZeroDivisionError("deliberate") for _ in tensors]
 
     model = mlp()
@@ -164,7 +164,7 @@ def test_warnings_as_errors_do_not_end_training(tmp_path: Path, monkeypatch: pyt
 def test_strict_raises_faults_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `strict=True` the same fault is raised where it happens."""
 
-    def broken(tensors: Iterable[torch.Tensor], sample_above: int) -> list[Exception]:
+    def broken(tensors: Iterable[torch.Tensor], *_: Any) -> list[Exception]:
         return [ZeroDivisionError("deliberate") for _ in tensors]
 
     model = mlp()
