@@ -115,6 +115,8 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
         if is_fake(tensor):
             raise UnmeasurableError("it is a fake tensor, which has no values")
         if hasattr(tensor, "to_local"):
+            if any(placement.is_partial() for placement in getattr(tensor, "placements", ())):
+                raise UnmeasurableError("it is one of the sums that the ranks have yet to add up")
             return _plain(tensor.to_local())
         if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             raise UnmeasurableError(f"its type {type(tensor).__name__} wraps other tensors in a way of its own")

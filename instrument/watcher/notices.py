@@ -59,8 +59,8 @@ class Notices:
         if listed:
             self.say(
                 f"never called in the first sampled step, so without activations: {listed}; a parent that uses their "
-                "weights itself, model.forward() instead of model(), or a function that was compiled before the watch "
-                "began passes them by"
+                "weights itself, model.forward() instead of model(), the fused path of a frozen "
+                "nn.TransformerEncoderLayer, or a function that was compiled before the watch began passes them by"
             )
 
     def inside_graph(self, names: Iterable[str]) -> None:

@@ -117,6 +117,28 @@ def test_evaluation_and_rollouts_between(watch: Watch) -> None:
     assert [record["Activations/0"].count for record in watcher.history] == [16 * 8] * 4
 
 
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_training_in_evaluation_mode(by_parts: bool, watch: Watch) -> None:
+    """A model that is trained in evaluation mode, as `from_pretrained` leaves it, is recorded; evaluating it is not."""
+    model = mlp().eval()
+    optimizer, watcher, truth = sgd(model), watch(model), []
+    for step in range(4):
+        model(batch(step, size=50))  # without `no_grad`
+        optimizer.zero_grad()
+        for micro in range(2):
+            x = batch(2 * step + micro)
+            for part in model if by_parts else [model]:
+                x = part(x)
+            x.mean().backward()
+        truth.append(norm(model[0].weight))
+        optimizer.step()
+    assert steps(watcher) == [0, 1, 2, 3]
+    assert gradient_norms(watcher, "0.weight") == pytest.approx(truth, rel=1e-6)
+    for section in ("Activations", "ActivationGradients"):
+        assert [record[f"{section}/0"].count for record in watcher.history] == [2 * 16 * 8] * 4
+    assert watcher.notices == ()
+
+
 def living_passes() -> int:
     gc.collect()
     return sum(type(thing) is ForwardPass for thing in gc.get_objects())

@@ -141,6 +141,15 @@ def test_every_tensor_of_an_output_has_a_stable_name(how: str, expected: set[str
     for record in watched.records:
         for section in ("Activations", "ActivationGradients"):
             assert {name for name in of_kind(record, section) if name.startswith("part")} == expected | {"part.fc"}
+    torch.manual_seed(3)
+    model: Any = Wrapped(how)
+    size = model.part.fc(data(0)).detach().double().norm().item()
+    found = of_kind(watched.records[0], "Activations")
+    for name in expected:
+        times = {"part[states][0]": 2, "part[states][1]": 3, "part[right]": 2, "part[0][1][0]": 2,
+                 "part[0][1][1][deep]": 3}.get(name, 1)  # fmt: skip
+        assert found[name].count == 24
+        assert found[name].l2 == pytest.approx(times * size, rel=1e-5), name
 
 
 class Chunked(nn.Module):
@@ -221,7 +230,13 @@ def test_a_tied_weight_is_found_by_each_name_and_recorded_once(tmp_path: Path) -
     """`include="lm_head.*"` finds the tied weight, with the sum of both gradients, and only once."""
     watched = twins(Tied, tmp_path, include=["lm_head.*"], kinds=["parameters", "gradients"])
     assert set(watched.records[-1]) == {"Parameters/lm_head.weight", "Gradients/lm_head.weight"}
-    assert watched.records[-1]["Gradients/lm_head.weight"].count == 28
+    assert watched.records[0]["Gradients/lm_head.weight"].count == 28
+    torch.manual_seed(3)
+    model: Any = Tied()
+    model(data(0)).float().square().mean().backward()
+    assert model.emb.weight is model.lm_head.weight
+    both = model.emb.weight.grad.double().norm().item()
+    assert watched.records[0]["Gradients/lm_head.weight"].l2 == pytest.approx(both, rel=1e-6)
     everything = twins(Tied, tmp_path, kinds=["gradients"])
     assert set(everything.records[-1]) == {"Gradients/emb.weight"}
 
@@ -319,6 +334,109 @@ def test_what_is_never_called_is_said_once(tmp_path: Path) -> None:
         watched = train(Functional, tmp_path)
     assert len(watched.notices) == 1
     assert "layers.1.weight" in of_kind(watched.records[-1], "Gradients")
+
+
+class Subclass(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+@dataclasses.dataclass
+class Exotic:
+    """A way to make an odd tensor of shape (6, 4) or another, and what is said of it."""
+
+    make: Any
+    counts: tuple[int, int, int] | None = None
+    """How many values are finite, NaN and infinite; None where it cannot be measured."""
+    notice: str = ""
+
+
+EXOTIC = {
+    "nan": Exotic(lambda y: y * float("nan"), (0, 24, 0)),
+    "inf": Exotic(lambda y: y.abs() / 0, (0, 0, 24)),
+    "empty": Exotic(lambda y: y[:0], (0, 0, 0)),
+    "0-dim": Exotic(lambda y: y.sum(), (1, 0, 0)),
+    "expanded": Exotic(lambda y: y.sum(0).expand(9, -1), (36, 0, 0)),
+    "not contiguous": Exotic(lambda y: y.t()[::2], (12, 0, 0)),
+    "float16 overflow": Exotic(lambda y: (y.abs() + 1e6).half(), (0, 0, 24)),
+    "float8": Exotic(lambda y: y.detach().to(torch.float8_e4m3fn), (24, 0, 0)),
+    "int": Exotic(lambda y: y.detach().long(), (24, 0, 0)),
+    "bool": Exotic(lambda y: y > 0, (24, 0, 0)),
+    "complex": Exotic(torch.fft.fft, (24, 0, 0)),
+    "conjugate view": Exotic(lambda y: torch.fft.fft(y).conj(), (24, 0, 0)),
+    "sparse": Exotic(lambda y: y.to_sparse(), (24, 0, 0)),
+    "compressed": Exotic(lambda y: y.detach().to_sparse_csr(), (24, 0, 0)),
+    "subclass": Exotic(lambda y: y.as_subclass(Subclass), (24, 0, 0)),
+    "parameter": Exotic(lambda y: nn.Parameter(y.detach()), (24, 0, 0)),
+    "quantized": Exotic(lambda y: torch.quantize_per_tensor(y.detach(), 0.1, 0, torch.quint8), None, "quantized"),
+    "nested": Exotic(lambda y: torch.nested.nested_tensor([y[0], y[1]]), None, "nested tensor"),
+    "jagged": Exotic(lambda y: torch.nested.nested_tensor([y[:2], y[:3]], layout=torch.jagged), None, "wraps other"),
+    "masked": Exotic(lambda y: torch.masked.masked_tensor(y.detach(), y.detach() > 0), None, "wraps other"),
+    "mkldnn": Exotic(lambda y: y.detach().to_mkldnn(), None, "layout"),
+    "meta": Exotic(lambda y: y.to("meta"), None, "meta device"),
+    "no tensor": Exotic(lambda y: ["a", 1, None]),
+}
+
+
+class Beside(nn.Module):
+    """Computes something odd beside what is trained."""
+
+    class Odd(nn.Module):
+        """Returns what it is told to make."""
+
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.how = how
+
+        def forward(self, y: torch.Tensor) -> Any:
+            """Make it."""
+            return EXOTIC[self.how].make(y)
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.odd = self.Odd(how)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Train on the layer's output alone."""
+        y: torch.Tensor = self.fc(x)
+        self.odd(y)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", EXOTIC)
+def test_any_kind_of_tensor_is_counted_or_said(how: str, tmp_path: Path) -> None:
+    """Whatever a module returns, training is the same: its values are counted, or one notice says why not."""
+    watched = twins(lambda: Beside(how), tmp_path)
+    for record in watched.records:
+        found = of_kind(record, "Activations")
+        assert found["fc"].count == 24
+        sketch = found.get("odd")
+        assert (sketch and (sketch.count, sketch.nan_count, sketch.inf_count)) == EXOTIC[how].counts
+    assert len(watched.notices) == bool(EXOTIC[how].notice)
+    assert all(EXOTIC[how].notice in notice for notice in watched.notices)
+
+
+def test_sparse_gradients_are_those_of_the_whole_matrix(tmp_path: Path) -> None:
+    """The sparse gradient of an embedding counts the zeros that it implies, and repeated rows once, added up."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watcher = instrument.watch(model, interval=1, logdir=tmp_path, strict=True)
+    truth = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.tensor([1, 2, 2])).square().sum().backward()
+        gradient = model.get_parameter("0.weight").grad
+        assert gradient is not None
+        assert gradient.is_sparse
+        truth.append(gradient.to_dense().norm().item())
+        optimizer.step()
+    sketches = [record["Gradients/0.weight"] for record in watcher.history]
+    assert [sketch.count for sketch in sketches] == [40] * 3
+    assert [sketch.zero_fraction for sketch in sketches] == [0.8] * 3
+    assert [sketch.l2 for sketch in sketches] == pytest.approx(truth, rel=1e-6)
+    watcher.close()
 
 
 class Leaves(nn.Module):

@@ -217,6 +217,55 @@ def test_the_fused_path_of_the_transformer_stays_on_in_evaluation(tmp_path: Path
     assert all(torch.equal(one, other) for (_, one), (_, other) in zip(watched, bare, strict=True))
 
 
+class Frozen(nn.Module):
+    """A head that is trained on an encoder that is frozen and in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.1)
+        self.encoder = nn.TransformerEncoder(layer, 2).requires_grad_(False)
+        self.head = nn.Linear(8, 2)
+        self.fused = 0
+        self.train()
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Leave the encoder in evaluation mode."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Encode with a mask, for which the fused path has zeros and the other has numbers."""
+        mask = torch.tensor([[False, False, True]]).expand(2, 3)
+        with torch.profiler.profile() as profile:
+            encoded = self.encoder(x.reshape(2, 3, 8), src_key_padding_mask=mask)
+        names = [event.name for event in profile.events() or ()]
+        self.fused += names.count("aten::_transformer_encoder_layer_fwd")
+        out: torch.Tensor = self.head(encoded)
+        return out
+
+
+@pytest.mark.parametrize("include", ["**", "encoder.layers.1.linear1"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_the_fused_path_of_a_frozen_encoder_stays_on_in_training(include: str, tmp_path: Path) -> None:
+    """A frozen encoder below a head that is trained keeps its fused path in sampled steps too; that is said once."""
+
+    def step(model: Any, optimizer: torch.optim.Optimizer, number: int) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss: torch.Tensor = model(data(number, 6, 8)).square().mean()
+        loss.backward()
+        optimizer.step()
+        assert model.fused == 2 * (number + 1)
+        return loss
+
+    with pytest.warns(instrument.InstrumentWarning, match="fused path of a frozen"):
+        watched = twins(Frozen, tmp_path, step, optimizer=lambda m: torch.optim.SGD(m.head.parameters(), 0.1),
+                        include=[include])  # fmt: skip
+    assert len(watched.notices) == 1
+    if include == "**":
+        assert {"Frozen", "encoder", "head"} <= set(of_kind(watched.records[-1], "Activations"))
+
+
 def test_double_backward_keeps_no_graph(tmp_path: Path) -> None:
     """A gradient penalty with `create_graph` trains bit-identically, and memory stays flat over many steps."""
     import gc

@@ -214,6 +214,37 @@ def test_placements_say_what_is_counted(pair: Pair, tmp_path: Path) -> None:
     assert first == second == {"Parameters/sharded": 20, "Parameters/copied": 20, "Parameters/plain": 2 * 6}
 
 
+def watch_partial_sums(rank: int, logdir: str) -> tuple[set[str], tuple[str, ...]]:
+    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    second = RowwiseParallel(output_layouts=Partial(), use_local_output=False)
+    plan = {"0": ColwiseParallel(use_local_output=False), "2": second}
+    parallelize_module(model, init_device_mesh("cpu", (WORLD,)), plan)
+    names = ["0", "2"]
+    with (
+        pytest.warns(instrument.InstrumentWarning, match="yet to add up"),
+        instrument.watch(model, names, kinds="activations", ranks="merge", interval=1, logdir=logdir) as watcher,
+    ):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model(torch.ones(3, 4)).full_tensor().square().mean().backward()
+        optimizer.step()
+        watcher.flush()
+        assert watcher.history[0]["Activations/0"].count == 3 * 8, "both shards of the columns"
+        return set(watcher.history[0]), watcher.notices
+
+
+def test_partial_sums_are_said_and_not_taken_for_values(pair: Pair, tmp_path: Path) -> None:
+    """Under tensor parallelism shards of outputs are added up; a sum that the ranks have yet to make is left out."""
+    for tags, notices in pair.run(watch_partial_sums, str(tmp_path)):
+        assert tags == {"Activations/0"}
+        assert [notice for notice in notices if "yet to add up" in notice] == [
+            "activations of 2 are not measured: it is one of the sums that the ranks have yet to add up"
+        ]
+
+
 def count_reductions(rank: int, logdir: str) -> tuple[int, int]:
     from instrument.record.ranks import group
 

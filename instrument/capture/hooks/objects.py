@@ -41,9 +41,13 @@ __all__ = [
 class ForwardPass:
     """What one forward pass yielded so far, with the activation gradients that followed it."""
 
-    __slots__ = ("complete", "has_gradient", "in_backward", "is_loose", "outputs", "step", "taken", "ungraded")
+    __slots__ = (
+        "complete", "has_gradient", "in_backward", "is_evaluation", "is_loose", "outputs", "step", "taken", "ungraded",
+    )  # fmt: skip
 
-    def __init__(self, in_backward: bool = False) -> None:
+    def __init__(self, in_backward: bool = False, is_evaluation: bool = False) -> None:
+        self.is_evaluation = is_evaluation
+        """Whether the module was in evaluation mode: it trains where gradients flow back, and there alone."""
         self.in_backward = in_backward
         """Whether the pass is a recomputation whose first pass was not recorded."""
         self.is_loose = False
@@ -60,6 +64,11 @@ class ForwardPass:
         """Outputs that required no gradient: reentrant checkpointing will compute them again with one."""
         self.outputs: list[weakref.ref[Confirmation]] = []
         """The hooks on what the root returned, which live as long as the graph behind it."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether this is a pass of the training, as far as its output tells."""
+        return self.has_gradient is True or (self.has_gradient is None and not self.is_evaluation)
 
     @property
     def is_out_of_reach(self) -> bool:

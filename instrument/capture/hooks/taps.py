@@ -154,8 +154,10 @@ class Taps:
             is_inside = entry.is_inside_compiled or (is_compiled_call and not entry.is_root) or is_root_traced
             (inside if is_inside and not everything else outside).append(entry)
         self._listener.inside_graph(entry.name for entry in inside)
+        fused = _fused(self._model())
         for entry in outside:
-            if entry.name in self._hooks:  # kept because a graph was compiled with it
+            # One that is there already was kept because a graph was compiled with it.
+            if entry.name in self._hooks or id(entry.module) in fused:
                 continue
             try:
                 tap = Tap(self, entry.name, entry.module)
@@ -200,9 +202,9 @@ class Taps:
                 forward.step = step
         self._waiting = [forward for forward in self._waiting if forward.step is None or forward.step >= step]
         complete = [forward for forward in self._waiting if forward.complete]
-        confirmed = [forward for forward in complete if forward.has_gradient is not False]
+        confirmed = [forward for forward in complete if forward.counts]
         taken: list[tuple[Site, Any]] = []
-        for forward in confirmed or [forward for forward in complete if not forward.is_loose]:
+        for forward in confirmed or [f for f in complete if not (f.is_loose or f.is_evaluation)]:
             taken += forward.taken
             forward.taken = []
         return taken
@@ -238,8 +240,9 @@ class Taps:
             return
         thread = threading.get_ident()
         self._open.pop(thread, None)  # the last forward of this thread ended in an exception
-        training = module.training and torch.is_grad_enabled()
-        self.root_called |= training
+        # In evaluation mode too, as `from_pretrained` leaves a model: gradients will tell whether it trains.
+        training = torch.is_grad_enabled()
+        self.root_called |= training and module.training
         if self._listener.forward_starts(training) and training:
             self.attach()
         elif not self._open and self.root_called:  # else the parts wait to be called, and evaluation must not end that
@@ -247,7 +250,7 @@ class Taps:
         if training:
             # In backward without a pass that it belongs to: the root itself is under reentrant checkpointing, and
             # its first pass ran without gradients.
-            self._open[thread] = forward = ForwardPass(recomputes)
+            self._open[thread] = forward = ForwardPass(recomputes, not module.training)
             self._wait(forward)
 
     def root_ends(self, output: Any) -> None:
@@ -287,6 +290,7 @@ class Taps:
         """Gradients flow back through the root's output of this pass."""
         if not forward.is_loose:
             self.in_backward_of = forward
+            self.root_called = True
         self._do_outputs_tell = True
         self._listener.backward_starts()
         if not forward.has_gradient:
@@ -305,9 +309,9 @@ class Taps:
                 return
             if forward is not None:
                 self._take(name, inputs, output, forward)
-            elif module.training and torch.is_grad_enabled():
+            elif torch.is_grad_enabled():
                 # Called by itself, outside of any call of the root: a pass of its own.
-                forward = ForwardPass()
+                forward = ForwardPass(is_evaluation=not module.training)
                 forward.is_loose = True
                 self._wait(forward)
                 self._take(name, inputs, output, forward)
@@ -355,3 +359,15 @@ class Taps:
         handle = tensor.register_hook(hook)
         if tensor.is_leaf:  # a leaf outlives the step, and with it our hook would
             self._leaf_handles.append(handle)
+
+
+def _fused(model: nn.Module | None) -> set[int]:
+    """Identities of the modules whose hooks would switch the fused path of a frozen encoder off, and change numbers."""
+    modules = model.modules() if model is not None else ()
+    return {
+        id(part)
+        for layer in modules
+        if isinstance(layer, nn.TransformerEncoderLayer)
+        and not (layer.training or any(parameter.requires_grad for parameter in layer.parameters()))
+        for part in layer.modules()
+    }
