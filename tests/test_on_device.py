@@ -13,8 +13,9 @@ from torch import nn
 import instrument
 from instrument.diagnose.report import Report
 from instrument.measure import batch as batches
-from instrument.measure import device as devices
-from instrument.watcher import collector, session
+from instrument.measure.device import batch as devices
+from instrument.measure.device import late
+from instrument.watcher import collector
 
 from .measure.test_device import Queue, assert_same
 from .training import batch, mlp, read_back
@@ -28,7 +29,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Queue]:
 
     def begin() -> Queue:
         found = Queue()
-        for module in (devices, batches, collector):
+        for module in (devices, late, batches, collector):
             monkeypatch.setattr(module, "edge_for", lambda device: found)
         monkeypatch.setattr(batches, "_is_small", lambda tensor: False)
         return found
@@ -121,8 +122,7 @@ def test_many_micro_batches_do_not_pile_up(
 def test_a_captured_graph_is_left_alone_and_said_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a CUDA graph is captured nothing is measured, with one sentence for all tensors; afterwards all is."""
     capturing = True
-    for module in (session, collector):
-        monkeypatch.setattr(module, "is_capturing", lambda: capturing)
+    monkeypatch.setattr(collector, "is_capturing", lambda: capturing)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with (

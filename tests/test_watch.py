@@ -16,7 +16,8 @@ from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 
 import instrument
 from instrument.config import KINDS
-from instrument.measure.batch import Batch, Pending
+from instrument.measure.batch import Batch
+from instrument.measure.pending import Pending
 from instrument.record.runs import resolve_run
 
 from .training import batch, mlp, read_back, train

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from instrument.capture.names import Site
-from instrument.measure.batch import Pending, Together
 from instrument.measure.device import LateNumber
 from instrument.measure.histogram import FloatArray
+from instrument.measure.pending import Pending, Together
 from instrument.measure.sketch import Sketch
 from instrument.measure.units import DeviceTally, UnitTally, merge_tallies
 from instrument.record.statistics import SLICE, statistics_of, yield_lock

@@ -16,8 +16,9 @@ from instrument.capture.selector import Selector
 from instrument.capture.shards import Shards
 from instrument.config import Config
 from instrument.errors import UnmeasurableError
-from instrument.measure.batch import Batch, Divided, Pending, measure_later
+from instrument.measure.batch import Batch, measure_later
 from instrument.measure.device import CapturingError, LateNumber, edge_for, is_capturing
+from instrument.measure.pending import Divided, Pending
 from instrument.measure.sketch import Sketch
 from instrument.measure.units import DeviceTally, UnitTally
 from instrument.record.buffer import Buffer, StepRecord, Traits
@@ -60,6 +61,7 @@ class Collector:
         """What of each tensor lies on this rank; None where there is one rank alone."""
         self.units = UnitJudge(config.functions, self.wants, notices.say)
         self._samples = 0
+        self._has_seen_capturing = False
         self._sample_above = config.histogram_sample_above
         self._batch = Batch(self._sample_above)
         self._kept: dict[Site, Sketch | Pending] = {}
@@ -111,6 +113,23 @@ class Collector:
         """All parameters of the model, selected or not."""
         model = self._model()
         return list(model.parameters()) if model is not None else []
+
+    def device(self) -> torch.device:
+        """Where the first parameter of the model lies."""
+        return next((parameter.device for parameter in self.every_parameter()), torch.device("cpu"))
+
+    def sees_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, so that nothing is to be measured; that is said."""
+        if not is_capturing():
+            return False
+        self._has_seen_capturing = True
+        self._notices.say(str(CapturingError()))
+        return True
+
+    def has_seen_capturing(self) -> bool:
+        """Whether a graph was captured since this was last asked: what it captured was not seen."""
+        found, self._has_seen_capturing = self._has_seen_capturing, False
+        return found
 
     def take(self, site: Site, tensor: torch.Tensor) -> Sketch | Pending | None:
         """Measure a tensor as it is now, at once or later; None where that cannot be done."""
@@ -179,8 +198,7 @@ class Collector:
 
     def add(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
         """Measure tensors into the record."""
-        if is_capturing():
-            self._notices.say(str(CapturingError()))
+        if self.sees_capturing():
             return
         sites: list[Site] = []
         measured = measure_later(self._wanted(tensors, sites), self._sample_above, self._batch.devices)

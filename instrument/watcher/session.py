@@ -23,8 +23,7 @@ from instrument.capture.names import ModuleEntry, Site
 from instrument.capture.patterns import Patterns
 from instrument.capture.steps import StepClock
 from instrument.config import Config
-from instrument.measure.batch import Pending
-from instrument.measure.device import CapturingError, is_capturing
+from instrument.measure.pending import Pending
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord
 from instrument.torch_private import calling_scale
@@ -83,7 +82,6 @@ class Session:
         self._running: set[int] = set()
         self._silent_backwards = 0
         self._are_calls_checked = False
-        self._was_capturing = False
         self._inside_graph: dict[str, None] = {}
         told = MeteredSteps(meter, self) if meter else self
         self.clock = StepClock(self.collector.every_parameter, told, initial_step, optimizer)
@@ -92,16 +90,12 @@ class Session:
         self.taps = MeteredTaps(meter, model, self, always_tell) if meter else Taps(model, self, always_tell)
         self._graph_taps: GraphTaps | None = None
         if config.compiled == "graph":
-            first = next(iter(self.collector.every_parameter()), None)
-            device = first.device if first is not None else torch.device("cpu")
-            self._graph_taps = GraphTaps(self.collector.select(), self.collector.wants, device)
+            self._graph_taps = GraphTaps(self.collector.select(), self.collector.wants, self.collector.device())
 
     def open(self) -> None:
         """Begin to watch."""
         self.clock.start()
         self._prepare()
-
-    # What the taps ask and tell.
 
     def forward_starts(self, training: bool) -> bool:
         """The root is called; returns whether modules are to be captured in this pass."""
@@ -115,9 +109,7 @@ class Session:
             if not self.clock.is_stepping:
                 self.settle(lenient=False)
             is_sampled = any(self.schedule.is_sampled(step) for step in self.clock.due())
-            if is_sampled and is_capturing():
-                self.notices.say(str(CapturingError()))
-                self._was_capturing = True
+            if is_sampled and self.collector.sees_capturing():
                 return False
             if self._stance is not None and is_sampled and training:
                 self._stance.root_starts()
@@ -232,8 +224,6 @@ class Session:
             return
         if any(self.schedule.is_sampled(step) for step in self.clock.due()):
             self.taps.attach()
-
-    # Steps that end otherwise.
 
     def end_by_hand(self, step: int | None) -> None:
         """End a step by hand."""
@@ -390,8 +380,7 @@ class Session:
 
     def _check_calls(self) -> None:
         """After the first sampled step: say what is seen in part, and which selected modules were never called."""
-        if self._are_calls_checked or self._was_capturing:  # what a graph captured was not seen, and that is said
-            self._was_capturing = False
+        if self._are_calls_checked or self.collector.has_seen_capturing():
             return
         self._are_calls_checked = True
         self.collector.tell_of_ranks()

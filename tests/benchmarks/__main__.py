@@ -6,7 +6,7 @@ import sys
 
 from .harness import pin
 
-NAMES = ("measuring", "idle", "w1", "w2", "w3", "steps", "units", "memory")
+NAMES = ("measuring", "idle", "w1", "w2", "w3", "steps", "units", "memory", "gpu")
 
 
 def main() -> None:
@@ -18,10 +18,17 @@ def main() -> None:
     pin()
     from rich.console import Console
 
-    from . import idle, measuring, memory, sampled, steps, units
+    from . import gpu, idle, measuring, memory, sampled, steps, units
 
     console = Console(width=150)
-    alone = {"measuring": measuring.run, "idle": idle.run, "steps": steps.run, "units": units.run, "memory": memory.run}
+    alone = {
+        "measuring": measuring.run,
+        "idle": idle.run,
+        "steps": steps.run,
+        "units": units.run,
+        "memory": memory.run,
+        "gpu": gpu.run,
+    }
     for name in names:
         if name in alone:
             alone[name](console)

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instrument.measure.batch import Divided
 from instrument.measure.custom_op import measure
 from instrument.measure.device import CapturingError, DeviceBatch, DeviceSketch, accumulate
+from instrument.measure.pending import Divided
 from instrument.measure.sketch import CODES, Sketch, empty_moments
 from instrument.measure.tensors import Values, readable
 from instrument.torch_private import Unseen

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from instrument.measure.custom_op import measure
-from instrument.measure.device import DeviceBatch, _kernel
+from instrument.measure.device.accumulating import DeviceBatch, kernel_for
 from instrument.measure.sketch import Sketch, merge_all
 from instrument.measure.tensors import readable
 from instrument.torch_private import Unseen
@@ -26,14 +26,14 @@ from tests.measure.test_device import SPECIAL, TYPES, Queue, assert_same
 
 warnings.simplefilter("ignore")
 cpu = torch.device("cpu")
-assert _kernel(cpu).__name__ == "instrument.measure.kernel"
+assert kernel_for(cpu).__name__ == "instrument.measure.device.kernel"
 launches = []
 for name in ("accumulate_values", "accumulate_segments"):
-    original = getattr(_kernel(cpu), name)
+    original = getattr(kernel_for(cpu), name)
     def counted(*args, original=original, name=name):
         launches.append(name)
         original(*args)
-    setattr(_kernel(cpu), name, counted)
+    setattr(kernel_for(cpu), name, counted)
 
 generator = torch.Generator().manual_seed(0)
 checked = 0

@@ -1,0 +1,125 @@
+"""The edge of a device: what only the real one can do, in one place, so that tests can put a stand-in there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from instrument.errors import UnmeasurableError
+
+if TYPE_CHECKING:
+    from instrument.measure.device.batch import DeviceBatch
+
+__all__ = ["CapturingError", "CudaEdge", "Done", "Edge", "edge_for", "is_capturing"]
+
+
+class CapturingError(UnmeasurableError):
+    """A CUDA graph is being captured."""
+
+    def __init__(self) -> None:
+        super().__init__("a CUDA graph is being captured: what runs inside of it is not measured")
+
+
+class Done(Protocol):
+    """Stands behind work that was given to a device."""
+
+    def query(self) -> bool:
+        """Whether the work is done."""
+
+    def synchronize(self) -> None:
+        """Return when the work is done."""
+
+
+class Edge(Protocol):
+    """What only a real device can do; tests put a stand-in here."""
+
+    def is_capturing(self) -> bool:
+        """Whether a graph is being captured from what is launched now."""
+
+    def mark(self) -> Done:
+        """What tells when all that was launched so far is done."""
+
+    def to_host(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Done]:
+        """Start to copy a tensor to the host; gives the copy and what tells when it is there."""
+
+    def to_device(self, numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Whole numbers on a device, without a wait."""
+
+    def writes(self, batch: DeviceBatch) -> None:
+        """The current stream is about to write to a batch."""
+
+    def written(self, batch: DeviceBatch) -> None:
+        """The current stream has written to a batch."""
+
+    def collects(self, batch: DeviceBatch) -> None:
+        """The current stream is about to read what all streams wrote to a batch."""
+
+
+class CudaEdge:
+    """CUDA through `torch.cuda`."""
+
+    def is_capturing(self) -> bool:
+        """Whether a graph is being captured on the current stream."""
+        return bool(torch.cuda.is_current_stream_capturing())
+
+    def to_host(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Done]:
+        """Copy to pinned memory, behind what was launched so far."""
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        return host, self.mark()
+
+    def mark(self) -> Done:
+        """An event on the current stream."""
+        event = torch.cuda.Event()
+        event.record()
+        done: Done = event
+        return done
+
+    def to_device(self, numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Copy from pinned memory, which does not wait."""
+        return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+
+    def writes(self, batch: DeviceBatch) -> None:
+        """Have a stream that comes later wait for the one that made the rows."""
+        stream = torch.cuda.current_stream(batch.device)
+        if batch.stream is None:
+            batch.stream = stream
+        elif stream != batch.stream:  # rows were made on the first stream
+            stream.wait_stream(batch.stream)
+            for rows in batch.rows:
+                rows.record_stream(stream)
+
+    def written(self, batch: DeviceBatch) -> None:
+        """Note how far another stream has come."""
+        stream = torch.cuda.current_stream(batch.device)
+        if stream != batch.stream:
+            event = torch.cuda.Event()
+            event.record(stream)
+            batch.others[stream] = event
+
+    def collects(self, batch: DeviceBatch) -> None:
+        """Have the current stream wait for all that have written."""
+        stream = torch.cuda.current_stream(batch.device)
+        if batch.stream is not None and stream != batch.stream:
+            stream.wait_stream(batch.stream)
+            for rows in batch.rows:
+                rows.record_stream(stream)
+        for event in batch.others.values():
+            stream.wait_event(event)
+
+
+def edge_for(device: torch.device) -> Edge | None:
+    """The edge of a device on which tensors are measured where they lie; None for all others.
+
+    Example:
+        >>> edge_for(torch.device("cpu")) is None
+        True
+    """
+    return CudaEdge() if device.type == "cuda" else None
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and bool(torch.cuda.is_current_stream_capturing())
