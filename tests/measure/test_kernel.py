@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from instrument.measure.custom_op import measure
-from instrument.measure.device.accumulating import DeviceBatch, kernel_for
+from instrument.measure.device import DeviceBatch
+from instrument.measure.device.accumulating import kernel_for
 from instrument.measure.sketch import Sketch, merge_all
 from instrument.measure.tensors import readable
 from instrument.torch_private import Unseen
