@@ -127,7 +127,9 @@ class Checkup:
             if finding.diagnostic == "non_finite" and not self._had_non_finite:
                 self._had_non_finite = True
                 self._on_non_finite()
-        self._recorder.see(tuple(self._doctor.readings), examination.told)
+        # Later records may have been examined already, when somebody asked for findings.
+        so_far = tuple(reading for reading in self._doctor.readings if reading.step <= examination.reading.step)
+        self._recorder.see(so_far, examination.told)
         values += self._summaries.of(examination)
 
     def _end(self, error: BaseException | None) -> None:
