@@ -89,6 +89,7 @@ class StepClock:
         self._parameters = parameters
         self._listener = listener
         self._only = weakref.ref(optimizer) if optimizer is not None else None
+        self._thread = threading.get_ident()
         self._owners: dict[int, _Owner] = {}
         self._identities: frozenset[int] = frozenset()
         self._has_owner = False
@@ -261,6 +262,8 @@ class StepClock:
     def _consider_adopting(self, owner: _Owner) -> None:
         """Take a foreign optimizer for the clock where it steps again and again and no owner was ever seen."""
         if self._has_owner or self._only is not None or not any(p.grad is not None for p in self._parameters()):
+            return
+        if threading.get_ident() != self._thread:  # another training of the same process
             return
         owner.sightings += 1
         if owner.sightings == 2:
