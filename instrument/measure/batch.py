@@ -16,9 +16,10 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from instrument.errors import InstrumentError
 from instrument.measure.cpu import BLOCK, copy_flat
 from instrument.measure.custom_op import measure
-from instrument.measure.device import CapturingError, Devices, edge_for
+from instrument.measure.device import Devices, edge_for
 from instrument.measure.pending import Pending
 from instrument.measure.segments import sketches_of
 from instrument.measure.sketch import Sketch
@@ -32,6 +33,9 @@ SMALL = 8192
 
 _TYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 """Types whose values are exactly those of a float32."""
+
+_NOT_LAUNCHED = InstrumentError("a small tensor on a device has not been measured")
+"""Keeps the place of a small tensor on a device until the launch that it waits for."""
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 GROUP = 1024
@@ -101,7 +105,7 @@ def measure_later(
                 elif _is_small_on_device(tensor):
                     together = waiting.setdefault((tensor.device, tensor.dtype), [])
                     together.append((len(found), tensor))
-                    found.append(CapturingError())
+                    found.append(_NOT_LAUNCHED)
                     if len(together) == _MOST_TOGETHER:
                         _launch(together, devices, found)
                 else:
@@ -131,23 +135,22 @@ def _launch(
     together: list[tuple[int, torch.Tensor]], devices: Devices, found: list[Sketch | Pending | Exception]
 ) -> None:
     """Measure small tensors of one device and type, and put what will give their sketches into their places."""
-    places, tensors = [place for place, _ in together], [tensor for _, tensor in together]
-    together.clear()
+    if not together:
+        return
     try:
-        for place, sketch in zip(places, devices.add_small(tensors) if tensors else (), strict=True):
+        sketches = devices.add_small([tensor for _, tensor in together])
+        for (place, _), sketch in zip(together, sketches, strict=True):
             found[place] = sketch
     except Exception as error:
-        for place in places:
+        for place, _ in together:
             found[place] = error
+    together.clear()
 
 
 def _measure_large(tensor: torch.Tensor, sample_above: int, devices: Devices) -> Sketch | Pending:
     """Measure a tensor now, or where it lies; call it under `Unseen`."""
     if edge_for(tensor.device) is not None and can_hide():
-        values = readable(tensor)
-        found = devices.add(values.tensor.device, values)
-        if found is not None:
-            return found
+        return devices.add(readable(tensor))
     return measure(tensor, sample_above)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from instrument.errors import InstrumentError, UnmeasurableError
 from instrument.measure.cpu import accumulate_cpu, measure_cpu
-from instrument.measure.device import Devices, accumulate
+from instrument.measure.device import Devices, accumulate, edge_for
 from instrument.measure.sketch import CODES, Sketch, empty_moments
 from instrument.measure.tensors import Values, chunks, readable
 from instrument.torch_private import Unseen, can_hide
@@ -84,8 +84,9 @@ def measure(tensor: torch.Tensor, sample_above: int = 0) -> Sketch:
         values = readable(tensor)
         if values.tensor.is_cpu:
             return measure_cpu(values, sample_above)
-        on_its_way = Devices().add(values.tensor.device, values)
-        return on_its_way.sketch() if on_its_way is not None else _measure_by_transfer(values)
+        if edge_for(values.tensor.device) is not None:
+            return Devices().add(values).sketch()
+        return _measure_by_transfer(values)
 
 
 def _measure_by_transfer(values: Values) -> Sketch:

@@ -194,8 +194,8 @@ class Buffer:
         if not isinstance(parts, list):
             parts = self._parts[site] = [parts]
         parts.append(sketch)
-        if len(parts) > MERGE_AFTER and all(isinstance(part, Sketch) or part.is_there for part in parts):
-            parts[:] = [Together(parts).sketch()]
+        if len(parts) > MERGE_AFTER and (together := Together(parts)).is_there:
+            parts[:] = [together.sketch()]
 
     def add_units(self, name: str, tally: UnitTally | DeviceTally) -> None:
         """Add a tally of a module's units to the step; tallies of one name are merged."""

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from instrument.measure.device.accumulating import FLOATS, NEW_MOMENTS, accumulate, kernel_for, on
-from instrument.measure.device.edge import CapturingError, CudaEdge, Done, Edge, edge_for
+from instrument.measure.device.edge import CapturingError, Done, Edge, edge_for
 from instrument.measure.histogram import CODES
 from instrument.measure.sketch import MOMENTS, Sketch, empty_moments
 from instrument.measure.tensors import Values
@@ -49,7 +49,7 @@ class DeviceBatch:
         edge: What only a real device can do.
     """
 
-    def __init__(self, device: torch.device, edge: Edge | None = None) -> None:
+    def __init__(self, device: torch.device, edge: Edge) -> None:
         self.device = device
         self.rows: list[torch.Tensor] = []
         """Blocks of rows, int64 of shape (64, `WIDTH`)."""
@@ -58,7 +58,7 @@ class DeviceBatch:
         self.others: dict[Any, Any] = {}
         """The last event of every other stream that has written."""
         self.is_sent = False
-        self._edge: Edge = edge or CudaEdge()
+        self._edge = edge
         self._used = 0
         self._host: torch.Tensor | None = None
         self._done: Done | None = None
@@ -197,32 +197,26 @@ class DeviceSketch:
 
 
 class Devices:
-    """The batches that fill, one a device.
+    """The batches that fill, one for each device that has an edge.
 
     Example:
-        >>> Devices().add(torch.device("cpu"), Values(torch.ones(3), 1, 0)) is None
-        True
+        >>> Devices().send()
     """
 
     def __init__(self) -> None:
         self._batches: dict[torch.device, DeviceBatch] = {}
 
-    def add(self, device: torch.device, values: Values) -> DeviceSketch | None:
-        """Measure a tensor as it is now, where it lies; None where it is to be measured otherwise.
-
-        Call it under `Unseen`.
+    def add(self, values: Values) -> DeviceSketch:
+        """Measure a tensor as it is now, where it lies; call it under `Unseen`.
 
         Raises:
             CapturingError: A CUDA graph is being captured.
         """
-        batch = self._batch(device)
-        return batch.add(values) if batch is not None else None
+        return self._batch(values.tensor.device).add(values)
 
     def add_small(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch]:
-        """The same for several small tensors of one type, on one device that has an edge; see `DeviceBatch`."""
-        batch = self._batch(tensors[0].device)
-        assert batch is not None
-        return batch.add_small(tensors)
+        """The same for several small tensors of one type, on one device; see `DeviceBatch`."""
+        return self._batch(tensors[0].device).add_small(tensors)
 
     def send(self) -> None:
         """Start the copies to the host; what is added from then on travels later."""
@@ -230,13 +224,12 @@ class Devices:
         for batch in batches.values():
             batch.send()
 
-    def _batch(self, device: torch.device) -> DeviceBatch | None:
+    def _batch(self, device: torch.device) -> DeviceBatch:
         batch = self._batches.get(device)
         if batch is None or batch.is_full or batch.is_sent:
-            edge = edge_for(device)
-            if edge is None:
-                return None
             if batch is not None:
                 batch.send()
+            edge = edge_for(device)
+            assert edge is not None, f"{device} has no edge"
             batch = self._batches[device] = DeviceBatch(device, edge)
         return batch
