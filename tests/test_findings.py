@@ -183,7 +183,10 @@ def test_a_healthy_training_in_float16_with_a_scaler_is_left_alone(tmp_path: Pat
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-    assert scaler.get_scale() < 2.0**24
+    halvings = round(24 - math.log2(scaler.get_scale()))
+    assert halvings > 0
+    skipped = named(watcher.findings(), "skipped_step")
+    assert [(finding.level, finding.step) for finding in skipped] == [(Level.INFO, 0)]
     assert [str(finding) for finding in watcher.findings() if finding.level >= Level.WARN] == []
 
 
@@ -373,6 +376,75 @@ def test_an_activation_near_the_end_of_float16_is_named(tmp_path: Path) -> None:
         model[4].weight.mul_(1e-4)
     found = named(train(model, sgd(model, lr=0.0), 3, tmp_path, kinds=["activations"]).findings(), "near_overflow")
     assert [finding.site for finding in found] == [Site("activations", "2"), Site("activations", "3")]
+
+
+def _silenced(units: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = perceptron()
+    assert isinstance(model[0], nn.Linear)
+    with torch.no_grad():
+        model[0].bias[:units] = -100.0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("units", "told"),
+    [(3, []), (5, [(Level.WARN, 100)]), (20, [(Level.WARN, 100), (Level.CRIT, 150)])],
+)
+def test_units_that_died_are_named(units: int, told: list[tuple[Level, int]], tmp_path: Path) -> None:
+    """Of 32 units 3 are let pass, 5 are told after a window of 64 steps, 20 are critical after two, at that layer."""
+    model = _silenced(units)
+    found = named(train(model, sgd(model), 200, tmp_path).findings(), "dead_units")
+    assert [(finding.level, finding.step) for finding in found] == told
+    assert all(finding.site == Site("activations", "1") for finding in found)
+    assert all(finding.value == units / 32 for finding in found)
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1, []), (40, [(Level.WARN, 100), (Level.CRIT, 150)])])
+def test_a_saturated_layer_is_named(factor: float, told: list[tuple[Level, int]], tmp_path: Path) -> None:
+    """A tanh behind weights forty times too large is told after a window, critical after two; its twins never are."""
+    torch.manual_seed(0)
+    model = perceptron(nn.Tanh)
+    assert isinstance(model[2], nn.Linear)
+    with torch.no_grad():
+        model[2].weight.mul_(factor)
+    found = named(train(model, sgd(model, lr=1e-4), 200, tmp_path).findings(), "saturated_units")
+    assert [(finding.level, finding.step) for finding in found] == told
+    assert all(finding.site == Site("activations", "3") for finding in found)
+
+
+def test_a_gradient_that_explodes_is_named_at_the_first_layer(tmp_path: Path) -> None:
+    """Through twelve tanh layers with weights five times too large it grows on its way back; true to scale not."""
+    for gain, told in ((5.0, [Site("gradients", "0.weight")]), (1.0, [])):
+        torch.manual_seed(0)
+        model = perceptron(nn.Tanh, hidden=12)
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.in_features))
+        found = named(train(model, sgd(model, lr=1e-6), 10, tmp_path / str(gain)).findings(), "exploding_gradient")
+        assert [finding.site for finding in found] == told
+        assert all(finding.level == Level.WARN for finding in found)
+
+
+class Massive(nn.Module):
+    """Passes 16,384 values on, and makes one of them five thousand."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The input but for its first value."""
+        is_first = torch.zeros_like(x, dtype=torch.bool)
+        is_first[0, 0] = True
+        return x.masked_fill(is_first, 5000.0)
+
+
+def test_a_massive_activation_is_mentioned(tmp_path: Path) -> None:
+    """One value that is more than a hundred times the root mean square of its tensor is told as INFO, where it is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), Massive(), nn.LayerNorm(256), nn.Linear(256, CLASSES))
+    watcher = train(model, sgd(model, lr=1e-3), 5, tmp_path, kinds=["activations"])
+    (found,) = named(watcher.findings(), "outliers")
+    assert (found.level, found.site, found.step) == (Level.INFO, Site("activations", "2"), 0)
+    # The root of the mean of the squares of one such value among 16,384, and of others that are small beside it.
+    assert found.value == pytest.approx(128.0, rel=1e-3)
 
 
 def test_gradients_that_are_always_clipped_are_told(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Thresholds:
     are healthy (Karpathy), the number is our proposal. The last module is exempt: a sure answer is saturated."""
 
     saturated_fraction_crit: float = setting(0.50, lambda value: as_real(value, 0.0, 1.0))
-    """The same, critical, after two windows' worth of samples."""
+    """The same, critical, after two windows in a row."""
 
     activation_depth_ratio: float = setting(1000.0, lambda value: as_real(value, 1.0))
     """Largest over smallest root mean square of the activations of layers of one role, where it rises or falls from

@@ -147,12 +147,12 @@ class TestUnits:
         assert ask(d.saturated_units, [reading(0, later, units=units)]) == []
 
     @pytest.mark.parametrize(
-        ("share", "samples", "level"),
-        [(0.2, 9000, None), (0.21, 9000, Level.WARN), (0.51, 4096, Level.WARN), (0.51, 8192, Level.CRIT)],
+        ("share", "windows", "level"),
+        [(0.2, 9, None), (0.21, 9, Level.WARN), (0.51, 1, Level.WARN), (0.51, 2, Level.CRIT)],
     )
-    def test_saturated_layers(self, share: float, samples: int, level: Level | None) -> None:
-        """More than a fifth is WARN, more than half CRIT after two windows' worth of samples."""
-        units = {"act": status("act", function="tanh", saturated=(share,) * 10, samples=samples)}
+    def test_saturated_layers(self, share: float, windows: int, level: Level | None) -> None:
+        """More than a fifth is WARN, more than half CRIT after two windows."""
+        units = {"act": status("act", function="tanh", saturated=(share,) * 10, saturated_windows=windows)}
         values = {("activations", "rms", "act"): 1.0, ("activations", "rms", "head"): 1.0}
         findings = ask(d.saturated_units, [reading(3, values, units=units)])
         assert [finding.level for finding in findings] == ([level] if level is not None else [])

@@ -54,7 +54,7 @@ def saturated_units(readings: Sequence[Reading], config: Config) -> Iterator[Fin
         share = sum(status.saturated) / len(status.saturated)
         if share <= config.saturated_fraction_warn:
             continue
-        is_critical = share > config.saturated_fraction_crit and status.samples >= 2 * config.dead_window_samples
+        is_critical = share > config.saturated_fraction_crit and status.saturated_windows >= _SURE_WINDOWS
         limit = config.saturated_fraction_crit if is_critical else config.saturated_fraction_warn
         yield Finding(
             Level.CRIT if is_critical else Level.WARN, "saturated_units", Site("activations", name), newest.step,

@@ -79,6 +79,10 @@ class UnitStatus:
     windows: int = 0
     """Windows in a row, none overlapping another, of which each found a dead unit."""
 
+    saturated_windows: int = 0
+    """Windows in a row, none overlapping another, in each of which the mean of `saturated` was above
+    `saturated_fraction_crit`."""
+
     births: Indices = ()
     """Units that were dead in the window before the last and were not in the last one."""
 

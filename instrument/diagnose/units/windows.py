@@ -77,6 +77,7 @@ class _Window:
         self.pattern = tally
         self.full_parts = 0
         self.dead_windows = 0
+        self.saturated_windows = 0
         self.dead: BoolArray | None = None
         self.births: Indices = ()
         self.deaths: Indices = ()
@@ -106,10 +107,17 @@ class _Window:
         """A window is whole: hold what is dead in it against the one before."""
         dead, before = window.dead_flat, self.dead
         self.dead_windows = self.dead_windows + 1 if dead.any() else 0
+        is_saturated = self._is_saturated(window)
+        self.saturated_windows = self.saturated_windows + 1 if is_saturated else 0
         if before is not None:
             self.births, self.deaths = _indices(before & ~dead), _indices(dead & ~before)
             self.still_dead = _rounded(np.mean(dead[before])) if before.any() else None
         self.dead = dead
+
+    def _is_saturated(self, window: UnitTally) -> bool:
+        if window.function is None or not window.counted:
+            return False
+        return float(np.mean(window.flat)) > self._config.saturated_fraction_crit * window.counted
 
     @property
     def evidence(self) -> list[_Span]:
@@ -135,6 +143,7 @@ class _Window:
             first_step=evidence[0].first_step,
             last_step=evidence[-1].last_step,
             windows=self.dead_windows,
+            saturated_windows=self.saturated_windows,
             births=self.births,
             deaths=self.deaths,
             still_dead=self.still_dead,
