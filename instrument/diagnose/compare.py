@@ -27,10 +27,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from instrument.diagnose.tables import Column, FittedTable
 from instrument.errors import RunError
 from instrument.record.reading import Scalars
 from instrument.record.tags import COUNTS, Tag
@@ -55,6 +54,9 @@ ALIKE_PRECISION = 1e-6
 ALIKE_SHARE = 0.1
 """Share of the spreads that agree at the first step of runs that begin alike: a change to one layer leaves those before
 it as they were, and two seeds agree in nothing but constants, which have no spread."""
+
+_COLUMNS = (Column("layer", is_text=True), Column("what parts first", is_text=True), Column("at step"),
+            Column("A", rank=3), Column("B", rank=2), Column("B / A", rank=1))  # fmt: skip
 
 FORWARD, BACKWARD, OPTIMIZER = range(3)
 PHASES = {
@@ -141,23 +143,19 @@ class Comparison:
         order = {layer: position for position, layer in enumerate(self.layers)}
         return sorted(earliest.values(), key=lambda parting: order[parting.layer])
 
-    def table(self) -> Table:
+    def table(self) -> FittedTable:
         """A row for each layer that parts, for `rich` consoles."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("layer", overflow="fold")
-        table.add_column("what parts first", overflow="fold")
-        for heading in ("at step", "A", "B", "B / A"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        rows = []
         for parting in self.by_layer():
             ratio = "" if parting.ratio is None else f"{parting.ratio:.3g}"
             leaf = parting.name.rpartition(".")[2] if parting.name != parting.layer else parting.kind
             what = (
                 f"{leaf} {parting.statistic}" if leaf == parting.kind else f"{leaf} {parting.kind} {parting.statistic}"
             )
-            style = "bold red" if parting.statistic == NON_FINITE else ""
-            table.add_row(parting.layer or "(root)", what.replace("_", " "), str(parting.step), f"{parting.first:.3g}",
-                          f"{parting.second:.3g}", ratio, style=style)  # fmt: skip
-        return table
+            cells = (parting.layer or "(root)", what.replace("_", " "), str(parting.step), f"{parting.first:.3g}",
+                     f"{parting.second:.3g}", ratio)  # fmt: skip
+            rows.append((cells, "bold red" if parting.statistic == NON_FINITE else ""))
+        return FittedTable(_COLUMNS, rows, elsewhere="--json has all")
 
     def print_to(self, console: Console) -> None:
         """Print the sentence, and the table where there is something in it."""

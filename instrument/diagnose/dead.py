@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from instrument.capture.names import nearest_names
 from instrument.capture.patterns import Pattern
 from instrument.diagnose.figures import sheet
 from instrument.diagnose.history import UnitHistory
+from instrument.diagnose.tables import Column, FittedTable
 from instrument.diagnose.units import UnitStatus
 from instrument.errors import RunError, SelectionError
 
@@ -31,6 +30,11 @@ SHOWN_INDICES = 24
 """Indices of a layer that people are shown; programs get all."""
 
 DEAD = "dead"
+
+_COLUMNS = (
+    Column("layer", is_text=True), Column("function", is_text=True, rank=3), Column("units", rank=1), Column("dead"),
+    Column("rare", rank=2), Column("saturated", rank=4), Column("verdict", is_text=True),
+)  # fmt: skip
 
 
 def bound_in_words(rate_bound: float) -> str:
@@ -128,22 +132,17 @@ class DeadUnits:
         """The same for programs."""
         return {"layers": [layer.as_dict() for layer in self.layers]}
 
-    def table(self) -> Table:
+    def table(self) -> FittedTable:
         """A row for each layer, for `rich` consoles."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("layer", overflow="fold")
-        table.add_column("function")
-        for heading in ("units", "dead", "rare", "saturated"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
+        rows = []
         for layer in self.layers:
             status = layer.status
             share = f" ({100 * len(status.dead) / status.units:.1f} %)" if status.dead else ""
             mean = f"{100 * sum(status.saturated) / len(status.saturated):.1f} %" if status.saturated else ""
-            table.add_row(status.name, status.function or "", str(status.units), f"{len(status.dead)}{share}",
-                          str(len(status.rare)), mean, status.verdict,
-                          style="bold red" if status.verdict == DEAD else "")  # fmt: skip
-        return table
+            cells = (status.name, status.function or "", str(status.units), f"{len(status.dead)}{share}",
+                     str(len(status.rare)), mean, status.verdict)  # fmt: skip
+            rows.append((cells, "bold red" if status.verdict == DEAD else ""))
+        return FittedTable(_COLUMNS, rows, elsewhere="--json has all")
 
     def print_to(self, console: Console) -> None:
         """Print the table and the sentences."""

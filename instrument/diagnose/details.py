@@ -7,10 +7,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from instrument.config import SECTIONS
+from instrument.diagnose.tables import Column, FittedTable
 from instrument.record.buffer import StepRecord
 from instrument.record.statistics import COLUMNS
 from instrument.record.tags import COUNTS, STATISTICS, Tag, parse_tag
@@ -26,6 +24,14 @@ _HEADINGS = {
     "nan_count": "NaN",
     "inf_count": "Inf",
 }
+_SPARED = {"std": 3, "zero_fraction": 2, "mean": 1}
+"""What a narrow terminal hides, that with the highest number first."""
+
+_COLUMNS = (
+    Column("name", is_text=True),
+    *(Column(_HEADINGS[statistic], rank=_SPARED.get(statistic, 0)) for statistic in COLUMNS),
+    Column("step", rank=4),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,23 +95,21 @@ class Latest:
         )
 
 
-def detail_tables(rows: Sequence[Row]) -> list[Table]:
+def detail_tables(rows: Sequence[Row]) -> list[FittedTable]:
     """One table a kind, for `rich` consoles."""
     tables = []
     for kind, section in SECTIONS.items():
         of_kind = [row for row in rows if row.kind == kind]
         if not of_kind:
             continue
-        table = Table(title=section, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("name", overflow="fold", no_wrap=False)
-        for statistic in COLUMNS:
-            table.add_column(_HEADINGS[statistic], justify="right", no_wrap=True)
-        table.add_column("step", justify="right", no_wrap=True)
-        for row in of_kind:
-            cells = [_cell(statistic, row.values.get(statistic)) for statistic in COLUMNS]
-            style = "bold red" if row.values.get("nan_count") or row.values.get("inf_count") else ""
-            table.add_row(row.name, *cells, str(row.step), style=style)
-        tables.append(table)
+        rows_of_kind = [
+            (
+                (row.name, *(_cell(statistic, row.values.get(statistic)) for statistic in COLUMNS), str(row.step)),
+                "bold red" if row.values.get("nan_count") or row.values.get("inf_count") else "",
+            )
+            for row in of_kind
+        ]
+        tables.append(FittedTable(_COLUMNS, rows_of_kind, section, elsewhere="--json has all"))
     return tables
 
 

@@ -14,9 +14,12 @@ from instrument.diagnose.findings import Finding, Level
 from instrument.diagnose.readings import LOG10_RATIO, Reading
 from instrument.diagnose.units import UnitStatus
 
-__all__ = ["HEADINGS", "HealthRow", "health_rows"]
+__all__ = ["HEADINGS", "SPARED", "TEXTS", "HealthRow", "health_rows"]
 
 HEADINGS = ("layer", "units", "dead", "fires below", "saturated", "act. rms", "grad. rms", "log10 upd.", "flags")
+TEXTS = ("layer", "flags")
+SPARED = {"fires below": 6, "units": 5, "saturated": 4, "log10 upd.": 3, "grad. rms": 2, "act. rms": 1}
+"""What a narrow terminal hides, that with the highest number first."""
 
 FINE = "OK"
 PASSES_NAN = "WARN passes on NaN"
@@ -86,7 +89,7 @@ def health_rows(
     """
     recent = readings[-_RECENT:]
     activations = _newest(recent, "activations", "rms")
-    gradients = _newest(recent, "gradients", "rms")
+    gradients = _newest([reading for reading in recent if not reading.is_skipped], "gradients", "rms")
     ratios = _newest(recent, "updates", LOG10_RATIO)
     root = next((name for name in reversed(activations) if is_root(name)), "(model)")
     owned: dict[str, list[str]] = {}
@@ -121,7 +124,8 @@ def _row(
     main = next((own for own in parameters if own.endswith("weight")), parameters[0] if parameters else "")
     judged = status if status is not None and status.units and status.verdict in ("ok", "dead") else None
     worst = sorted({(-finding.level, finding.diagnostic) for finding in findings})
-    numbers = (activations.get(name, activations.get(f"{name}[0]")), gradients.get(main))
+    outputs = (size for output, size in activations.items() if output.partition("[")[0] == name)
+    numbers = (next(outputs, None), gradients.get(main))
     fine = PASSES_NAN if any(number is not None and math.isnan(number) for number in numbers) else FINE
     return HealthRow(
         layer=name,
@@ -137,13 +141,15 @@ def _row(
 
 
 def _newest(readings: Sequence[Reading], kind: str, statistic: str) -> dict[str, float]:
-    """The newest value of each site, in the order of execution; NaN where nothing finite was measured."""
+    """The newest value of each site, in the order of execution; NaN where some are NaN, or nothing is finite."""
     found: dict[str, float] = {}
     for reading in readings:
         found.update(reading.column(kind, statistic))
         if statistic == "rms":
-            spoilt = {**reading.column(kind, "nan_count"), **reading.column(kind, "inf_count")}
-            found.update((name, math.nan) for name in spoilt if reading.get(kind, statistic, name) is None)
+            # That of the finite values alone would be a healthy number beside a gradient that is NaN but for zeros.
+            found.update((name, math.nan) for name, count in reading.column(kind, "nan_count").items() if count)
+            infinite = reading.column(kind, "inf_count")
+            found.update((name, math.nan) for name in infinite if reading.get(kind, statistic, name) is None)
     return found
 
 

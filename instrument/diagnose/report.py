@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,9 +23,11 @@ from instrument.diagnose.details import Latest, Row, detail_tables
 from instrument.diagnose.doctor import Doctor
 from instrument.diagnose.findings import Finding, Level
 from instrument.diagnose.flight import Accident, Growth, grew_first, read_flight
-from instrument.diagnose.health import HEADINGS, HealthRow, health_rows
+from instrument.diagnose.health import HEADINGS, SPARED, TEXTS, HealthRow, health_rows
 from instrument.diagnose.readings import NO_PARAMETERS, ParameterTraits, Reading
+from instrument.diagnose.tables import Column, FittedTable
 from instrument.diagnose.units import decode
+from instrument.errors import RunError
 from instrument.record.buffer import StepRecord
 from instrument.record.documents import UNITS_TAG, WATCH_TAG, unpacked
 from instrument.record.reading import read_steps
@@ -92,12 +93,15 @@ class Report:
         )
 
     @classmethod
-    def of_run(cls, logdir: Path, progress: Callable[[int], None] | None = None) -> Report:
-        """Report on the event files of a run.
+    def of_run(
+        cls, logdir: Path, progress: Callable[[int], None] | None = None, damages: list[str] | None = None
+    ) -> Report:
+        """Report on the event files of a run, as far as they are whole.
 
         Args:
             logdir: Directory of event files.
             progress: Called with the number of bytes read since the last call.
+            damages: What files are torn or damaged, and where, is added here; it stands in the notices too.
 
         Raises:
             RunError: They cannot be read, or hold nothing of ours.
@@ -106,7 +110,7 @@ class Report:
         doctor: Doctor | None = None
         notices: tuple[str, ...] = ()
         parameters = NO_PARAMETERS
-        damages: list[str] = []
+        damages = damages if damages is not None else []
         for contents in read_steps(logdir, progress, damages):
             about = None
             if WATCH_TAG in contents.documents:
@@ -119,8 +123,11 @@ class Report:
             doctor.examine(Reading.of_scalars(contents.step, contents.scalars, units, contents.loss, parameters))
             latest.add(contents.step, contents.scalars)
         assert doctor is not None
-        flight = read_flight(logdir)
-        accident, before = flight if flight is not None else (None, [])
+        try:
+            accident, before = read_flight(logdir) or (None, [])
+        except RunError as error:
+            accident, before = None, []
+            damages.append(str(error))
         return cls(
             health_rows(tuple(doctor.readings), doctor.units(), doctor.active()),
             doctor.findings(),
@@ -205,17 +212,18 @@ class Report:
             console.print("  no tensor had grown tenfold: it came from one sampled step to the next\n")
             return
         steps = sorted({step for growth in self.growths[:GROWTHS_SHOWN] for step, _ in growth.values})
-        title = "  largest magnitudes, step by step"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("grew first", overflow="fold")
-        table.add_column("since step", justify="right", no_wrap=True)
-        for step in steps:
-            table.add_column(str(step), justify="right", no_wrap=True)
+        columns = (
+            Column("grew first", is_text=True),
+            Column("since step", rank=1),
+            *(Column(f"step {step}", rank=len(steps) - number + 1) for number, step in enumerate(steps)),
+        )
+        rows = []
         for growth in self.growths[:GROWTHS_SHOWN]:
             values = dict(growth.values)
-            cells = [f"{values[step]:.3g}" if step in values else "" for step in steps]
-            table.add_row(f"{growth.site.kind} {growth.site.name}", str(growth.step), *cells)
-        console.print(table)
+            sizes = (f"{values[step]:.3g}" if step in values else "" for step in steps)
+            rows.append(((f"{growth.site.kind} {growth.site.name}", str(growth.step), *sizes), ""))
+        title = "  largest magnitudes, step by step"
+        console.print(FittedTable(columns, rows, title, "italic", "--json has all"))
 
     def __str__(self) -> str:
         return _rendered(self, html=False)
@@ -230,16 +238,10 @@ def _config_of(values: dict[str, Any]) -> Config:
     return Config(**{key: value for key, value in values.items() if key in known})
 
 
-def _health_table(rows: Sequence[HealthRow]) -> Table:
-    filled = _filled(rows)
-    table = Table(title="Health", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number in filled:
-        is_text = number in (0, len(HEADINGS) - 1)
-        table.add_column(HEADINGS[number], justify="left" if is_text else "right", no_wrap=not is_text)
-    for row in rows:
-        cells = row.cells()
-        table.add_row(*(cells[number] for number in filled), style=_STYLES[row.level] if row.level is not None else "")
-    return table
+def _health_table(rows: Sequence[HealthRow]) -> FittedTable:
+    columns = [Column(heading, heading in TEXTS, SPARED.get(heading, 0)) for heading in HEADINGS]
+    cells = [(row.cells(), _STYLES[row.level] if row.level is not None else "") for row in rows]
+    return FittedTable(columns, cells, "Health", "bold", "--json has all")
 
 
 def _filled(rows: Sequence[HealthRow]) -> list[int]:
