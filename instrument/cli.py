@@ -1,14 +1,17 @@
 """The commands: ``instrument run``, ``tensorboard``, ``report``, ``dead``, ``compare``, ``check``.
 
-Whatever goes wrong with a path, a run or a port is one line on the error stream and exit code 1.
+Whatever goes wrong with a path, a run or a port is one line on the error stream and exit code 1. Of a run with a torn
+or damaged file all that is whole is shown, and then that line.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, NoReturn
@@ -48,13 +51,20 @@ def main() -> None:
     scripts: list[Script] = []
     show = sys.excepthook
     try:
-        app(obj=scripts)
+        try:
+            app(obj=scripts)
+        except SystemExit:
+            sys.stdout.flush()  # a full disk is told here, and not by the interpreter as it ends
+            if not scripts:
+                raise
     except InstrumentError as error:
         print(f"instrument: {error}", file=sys.stderr)
         sys.exit(1)
-    except SystemExit:
-        if not scripts:
-            raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has nowhere to go
+        if not isinstance(error, BrokenPipeError):
+            print(f"instrument: {error}", file=sys.stderr)
+        sys.exit(1)
     # Out here a script's exceptions, its KeyboardInterrupt and its exit code are nobody else's.
     sys.excepthook = show  # typer has set its own
     for script in scripts:
@@ -125,12 +135,14 @@ def report(
 ) -> None:
     """Print the health of a run layer by layer, what was found, and what was not observed."""
     logdir = resolve_run(run)
+    damages: list[str] = []
     with _LateProgress("reading", sum(path.stat().st_size for path in event_files(logdir))) as progress:
-        result = Report.of_run(logdir, progress.advance)
+        result = Report.of_run(logdir, progress.advance, damages)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:
         result.print_to(Console(), full=full)
+    _tell(damages)
 
 
 @app.command()
@@ -142,8 +154,9 @@ def dead(
 ) -> None:
     """List the dead units of a run by layer: which, since when, and how sure that is."""
     logdir = resolve_run(run)
+    damages: list[str] = []
     with _LateProgress("reading", sum(path.stat().st_size for path in event_files(logdir))) as progress:
-        history = UnitHistory.of_run(logdir, progress.advance)
+        history = UnitHistory.of_run(logdir, progress.advance, damages)
     result = DeadUnits.of_history(history, layer, str(run))
     if png is not None:
         result.save_png(png)
@@ -153,6 +166,7 @@ def dead(
         result.print_to(Console())
         if png is not None:
             print(f"unit maps: {png}")
+    _tell(damages)
 
 
 @app.command()
@@ -163,15 +177,25 @@ def compare(
 ) -> None:
     """Tell where two runs part: the layers and the steps from which on their statistics differ."""
     logdirs = [resolve_run(run) for run in (first, second)]
+    damages: list[str] = []
     with _LateProgress(
         "reading", sum(path.stat().st_size for each in logdirs for path in event_files(each))
     ) as progress:
-        result = compare_scalars(*(read_scalars(logdir, progress.advance) for logdir in logdirs))
+        result = compare_scalars(*(read_scalars(logdir, progress.advance, damages) for logdir in logdirs))
     if as_json:
         print(json.dumps({"first": str(first), "second": str(second), **result.as_dict()}, indent=2))
     else:
         print(f"A: {first}\nB: {second}")
         result.print_to(Console())
+    _tell(damages)
+
+
+def _tell(damages: Sequence[str]) -> None:
+    """Tell what files are damaged, after what could be read."""
+    for damage in damages:
+        print(f"instrument: {damage}", file=sys.stderr)
+    if damages:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -54,12 +54,15 @@ class UnitHistory:
         self._since: dict[str, dict[int, int]] = {}
 
     @classmethod
-    def of_run(cls, logdir: Path, progress: Callable[[int], None] | None = None) -> UnitHistory:
+    def of_run(
+        cls, logdir: Path, progress: Callable[[int], None] | None = None, damages: list[str] | None = None
+    ) -> UnitHistory:
         """Read the history of a run.
 
         Args:
             logdir: Directory of event files.
             progress: Called with the number of bytes read since the last call.
+            damages: What files are torn or damaged, and where, is added here.
 
         Returns:
             The history; without a module where no unit was watched.
@@ -68,7 +71,7 @@ class UnitHistory:
             RunError: The files cannot be read, or hold nothing of ours.
         """
         history = cls()
-        for contents in read_steps(logdir, progress):
+        for contents in read_steps(logdir, progress, damages):
             if UNITS_TAG in contents.documents:
                 try:
                     statuses = decode(contents.documents[UNITS_TAG])

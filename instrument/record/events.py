@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 
-__all__ = ["Damage", "FileCheck", "check_file", "frame", "scan"]
+__all__ = ["Damage", "FileCheck", "check_file", "frame", "read_events", "scan"]
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -51,12 +52,11 @@ class Damage:
     reason: str
 
 
-def scan(path: Path, check: bool = False) -> Iterator[bytes | Damage]:
-    """Walk through the records of an event file.
+def scan(path: Path) -> Iterator[bytes | Damage]:
+    """Walk through the records of an event file, verifying every checksum.
 
     Args:
         path: The file.
-        check: Whether the checksums of the data are verified too; those of the lengths always are.
 
     Yields:
         The data of each record; a `Damage` last, where the file is torn or damaged.
@@ -79,11 +79,38 @@ def scan(path: Path, check: bool = False) -> Iterator[bytes | Damage]:
             if len(data) < length or len(footer) < _FOOTER.size:
                 yield Damage(offset, f"the last record is cut after {len(data)} of {length} bytes")
                 return
-            if check and _masked_crc(data) != _FOOTER.unpack(footer)[0]:
+            if _masked_crc(data) != _FOOTER.unpack(footer)[0]:
                 yield Damage(offset, "the data of a record does not agree with its checksum")
                 return
             yield data
             offset += _HEADER.size + length + _FOOTER.size
+
+
+def read_events(path: Path, progress: Callable[[int], None] | None = None) -> Iterator[Any]:
+    """The events of a file, up to where it is whole.
+
+    Args:
+        path: The file.
+        progress: Called with the number of bytes read since the last call.
+
+    Yields:
+        Each `Event`; a `Damage` last, where the file is torn or damaged.
+    """
+    offset = 0
+    for data in scan(path):
+        if isinstance(data, Damage):
+            yield data
+            return
+        try:
+            event = Event.FromString(data)
+        except DecodeError:
+            yield Damage(offset, "a record with a right checksum holds no event")
+            return
+        yield event
+        size = _HEADER.size + len(data) + _FOOTER.size
+        offset += size
+        if progress is not None:
+            progress(size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +142,10 @@ def check_file(path: Path, progress: Callable[[int], None] | None = None) -> Fil
         What was found; damage where the file is torn, cut or altered.
     """
     records, last_step = 0, None
-    for data in scan(path, check=True):
-        if isinstance(data, Damage):
-            return FileCheck(path, path.stat().st_size, records, last_step, data)
+    for event in read_events(path, progress):
+        if isinstance(event, Damage):
+            return FileCheck(path, path.stat().st_size, records, last_step, event)
         records += 1
-        event = Event.FromString(data)
         if event.HasField("summary"):
             last_step = event.step
-        if progress is not None:
-            progress(len(data))
     return FileCheck(path, path.stat().st_size, records, last_step, None)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from google.protobuf.message import DecodeError
-from tensorboard.compat.proto.event_pb2 import Event
-
 from instrument.errors import RunError
 from instrument.record.documents import data_of
-from instrument.record.events import Damage, scan
+from instrument.record.events import Damage, read_events
 from instrument.record.losses import Losses
 from instrument.record.runs import event_files
 from instrument.record.tags import Tag, parse_tag
@@ -23,7 +20,9 @@ Scalars: TypeAlias = "dict[Tag, dict[int, float]]"
 """Value by step, by tag; steps rise."""
 
 
-def read_scalars(logdir: Path, progress: Callable[[int], None] | None = None) -> Scalars:
+def read_scalars(
+    logdir: Path, progress: Callable[[int], None] | None = None, damages: list[str] | None = None
+) -> Scalars:
     """Read the scalars that a watch wrote; later files of a run win where steps meet.
 
     A torn or damaged file is read up to where it is whole, as TensorBoard does.
@@ -31,6 +30,7 @@ def read_scalars(logdir: Path, progress: Callable[[int], None] | None = None) ->
     Args:
         logdir: Directory of event files, as `instrument.record.runs.resolve_run` finds it.
         progress: Called with the number of bytes read since the last call.
+        damages: What files are torn or damaged, and where, is added here.
 
     Returns:
         Value by step, by tag.
@@ -40,7 +40,8 @@ def read_scalars(logdir: Path, progress: Callable[[int], None] | None = None) ->
     """
     scalars: Scalars = {}
     parsed: dict[str, Tag | None] = {}
-    for event in _events(logdir, progress):
+    damages = damages if damages is not None else []
+    for event in _events(logdir, progress, damages):
         for value in event.summary.value:
             if value.WhichOneof("value") != "simple_value":
                 continue
@@ -48,7 +49,7 @@ def read_scalars(logdir: Path, progress: Callable[[int], None] | None = None) ->
             if tag is not None and tag.statistic is not None:
                 scalars.setdefault(tag, {})[event.step] = value.simple_value
     if not scalars:
-        raise RunError(f"{logdir} holds event files, but nothing that a watch wrote")
+        raise _nothing_of_ours(logdir, damages)
     return {tag: dict(sorted(values.items())) for tag, values in scalars.items()}
 
 
@@ -84,6 +85,7 @@ def read_steps(
     """
     parsed: dict[str, Tag | None] = {}
     losses = Losses()
+    damages = damages if damages is not None else []
     contents: StepContents | None = None
     before: int | None = None
     for event in _events(logdir, progress, damages):
@@ -108,7 +110,7 @@ def read_steps(
             elif tag is not None and tag.statistic is not None:
                 contents.scalars[tag] = value.simple_value
     if contents is None:
-        raise RunError(f"{logdir} holds event files, but nothing that a watch wrote")
+        raise _nothing_of_ours(logdir, damages)
     yield _with_loss(contents, losses, before)
 
 
@@ -117,17 +119,20 @@ def _with_loss(contents: StepContents, losses: Losses, before: int | None) -> St
     return contents
 
 
-def _events(logdir: Path, progress: Callable[[int], None] | None, damages: list[str] | None = None) -> Iterator[Any]:
+def _nothing_of_ours(logdir: Path, damages: Iterable[str]) -> RunError:
+    return RunError("; ".join([f"{logdir} holds event files, but nothing that a watch wrote", *damages]))
+
+
+def _events(logdir: Path, progress: Callable[[int], None] | None, damages: list[str]) -> Iterator[Any]:
     """The events of all files of a run, each file up to where it is whole."""
     try:
         for path in event_files(logdir):
-            for data in scan(path):
-                if isinstance(data, Damage):
-                    if damages is not None:
-                        damages.append(f"{path.name} is damaged at byte {data.offset}: {data.reason}; read up to there")
-                    break
-                if progress is not None:
-                    progress(len(data))
-                yield Event.FromString(data)
-    except (OSError, DecodeError) as error:
+            for event in read_events(path, progress):
+                if isinstance(event, Damage):
+                    damages.append(
+                        f"{path.name} is damaged at byte {event.offset}: {event.reason}; it is read up to there"
+                    )
+                else:
+                    yield event
+    except OSError as error:
         raise RunError(f"run {logdir} cannot be read: {error}") from error
