@@ -371,6 +371,30 @@ def test_the_stance_is_restored_when_an_exception_leaves_the_model(error: type[E
     assert stance() == "default"
 
 
+@pytest.mark.parametrize("how", ["compile", "function", "blocks"])
+def test_what_an_exception_takes_from_a_sampled_step_is_said(how: str, tmp_path: Path) -> None:
+    """After an exception in a step that ran uncompiled, either its activations are there or a notice says they lack."""
+    torch._dynamo.reset()
+    model = Net()
+    forward = compiled_as(how, model, "eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with instrument.watch(model, interval=2, logdir=tmp_path, compiled="eager", strict=True) as watcher:
+        for step in range(5):
+            if step == 2:
+                with pytest.raises(RuntimeError):
+                    forward(torch.randn(5, 3))
+                assert stance() == "default"
+            forward(torch.randn(5, 4)).mean().backward()
+            optimizer.step()
+        records = list(watcher.history)
+    assert [record.step for record in records] == [0, 2, 4]
+    inside = ["Activations/blocks.0.fc" in record for record in records]
+    is_whole = how == "blocks"  # where the root is not compiled, its next call is uncompiled again
+    assert inside == [True, is_whole, True]
+    told = [notice for notice in watcher.notices if "an exception left the model in step 2" in notice]
+    assert len(told) == (not is_whole)
+
+
 @pytest.mark.parametrize("how", ["compile", "function"])
 def test_an_interrupt_leaves_the_stance_until_the_step_is_over(how: str, tmp_path: Path) -> None:
     """Torch tells no hook of Ctrl-C: the stance comes back with the end of the next step, or of the watch."""

@@ -44,12 +44,15 @@ class EagerStance:
     def __init__(self) -> None:
         self._stance: contextlib.AbstractContextManager[Any] | None = None
         self._ends_with_root = False
+        self.was_cut_short = False
+        """Whether an exception ended it, so that what comes after runs compiled until it starts again."""
 
     def start(self) -> None:
         """Run uncompiled from now on; nothing happens where that is so, or inside a compiled call."""
         if self._stance is None and not in_compiled_call():
             self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
+            self.was_cut_short = False
 
     def stop(self) -> None:
         """Put back what was there before."""
@@ -60,7 +63,10 @@ class EagerStance:
     def root_starts(self) -> None:
         """The root is called to train in a sampled step."""
         self._ends_with_root = not called_from_compiled_function()
+        was_cut_short = self.was_cut_short
         self.start()
+        # What is being called from a compiled function goes on as it began.
+        self.was_cut_short = was_cut_short and not self._ends_with_root
 
     def root_ends(self, has_failed: bool) -> None:
         """The root has returned, or an exception left it.
@@ -71,6 +77,7 @@ class EagerStance:
         if has_failed or self._ends_with_root:
             self._ends_with_root = False
             self.stop()
+            self.was_cut_short = self.was_cut_short or has_failed
 
 
 _keys = itertools.count()

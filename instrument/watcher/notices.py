@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from instrument.capture.names import Site
 from instrument.errors import warn_quietly
+from instrument.record.tags import tag_of
 
 __all__ = ["Notices", "place_of"]
 
@@ -70,6 +71,22 @@ class Notices:
             self.say(
                 f"inside a region of torch.compile, so without activations: {listed}; parameters and gradients are "
                 'complete; watch(..., compiled="eager") or "graph" observes them'
+            )
+
+    def cut_short(self, step: int | None, called: Iterable[str], tags: Iterable[str]) -> None:
+        """Say what a step lacks that an exception left while it ran uncompiled.
+
+        Args:
+            step: Its number.
+            called: The modules that were called in it or before.
+            tags: Those of its record.
+        """
+        found = {tag.partition("[")[0] for tag in tags}
+        listed = _listed(name for name in sorted(called) if tag_of(Site("activations", name)) not in found)
+        if listed:
+            self.say(
+                f"an exception left the model in step {step}, which was sampled uncompiled: what came after it ran "
+                f"compiled, so that step lacks the activations of {listed}"
             )
 
     def sharded(self, names: list[str], empty: list[str], rank: int, world: int) -> None:

@@ -335,6 +335,8 @@ class Session:
         step = self.buffer.step
         record = self.collector.close()
         self._running.clear()
+        if self._stance is not None and self._stance.was_cut_short and self.collector.wants_kind("activations"):
+            self.notices.cut_short(step, self.taps.called, record or ())
         self._check_calls()
         if record is not None and step is not None:
             has_histograms = self.schedule.has_histograms(step)
