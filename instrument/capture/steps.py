@@ -6,7 +6,8 @@ is one process-wide pair of hooks that every `torch.optim.Optimizer` calls. What
 * an optimizer counts where it holds a parameter of the model, by identity; others in the process do not;
 * a subclass that calls ``super().step()`` fires the hooks twice: only its outermost call counts;
 * several optimizers make one step together (GAN, Muon beside AdamW, one optimizer a parameter in backward):
-  the step is the largest count of any, and one that lags behind catches up;
+  the step is the largest count of any, and one that lags behind catches up; where a gradient scaler has skipped the
+  step of one of them, those that step after the same forward pass are level again;
 * an optimizer made anew for the parameters of an earlier one goes on where that one stood;
 * a foreign optimizer that holds copies of the weights (apex, Megatron) is adopted when it has stepped twice and
   no other has;
@@ -25,7 +26,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from instrument.torch_private import never_compile, runs_within_another_step, version_of
+from instrument.torch_private import calling_scale, never_compile, runs_within_another_step, version_of
 
 __all__ = ["StepClock", "StepListener"]
 
@@ -96,6 +97,8 @@ class StepClock:
         self.has_adopted = False
         """Whether the clock is a foreign optimizer, which holds none of the model's own parameters."""
         self._version: int | None = None
+        self._since_pass: list[_Owner] | None = None
+        """Who has stepped since the last training forward pass; None where passes are not seen."""
 
     def start(self) -> None:
         """Begin to listen to optimizers."""
@@ -155,6 +158,7 @@ class StepClock:
         Returns:
             Whether one was; it is counted then.
         """
+        self._since_pass = []
         if self.manual or self.has_optimizer or self.is_stepping:
             return False
         known = (version_of(parameter) for parameter in self._parameters() if parameter.requires_grad)
@@ -175,6 +179,7 @@ class StepClock:
         if quiet and owner is not None and owner.ref() is optimizer:
             owner.depth = 1
             owner.is_quiet = True
+            self._since_pass = None
             return
         owner = self._owner(optimizer)
         if not owner.relevant:
@@ -209,7 +214,19 @@ class StepClock:
         owner.count = owner.index + 1
         if not self.manual:
             self.step = max(self.step, owner.count)
+            self._level(owner, owner.count)
         self._listener.step_ends(optimizer, owner.index, _closure(args, kwargs))
+
+    def _level(self, newest: _Owner, count: int) -> None:
+        """An optimizer whose steps a scaler had skipped made this one too, if no pass lies between them."""
+        if self._since_pass is None or calling_scale() is None:
+            return
+        if newest in self._since_pass:  # a pass was not seen, as on steps that are not sampled
+            self._since_pass = None
+            return
+        for other in self._since_pass:
+            other.count = max(other.count or 0, count)
+        self._since_pass.append(newest)
 
     def _owner(self, optimizer: Optimizer) -> _Owner:
         """What is known of this optimizer, with its parameters looked at again where they changed."""

@@ -126,6 +126,52 @@ def test_an_unfused_overflow_leaves_no_trace_in_the_next_record(tmp_path: Path) 
     watcher.close()
 
 
+class TwoTowers(nn.Module):
+    """Two networks of one input, each with an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.left(x), self.right(x)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("overflows", [(0,), (4,), (0, 1, 4)])
+def test_an_optimizer_whose_steps_were_skipped_is_level_again(
+    overflows: tuple[int, ...], interval: int, tmp_path: Path
+) -> None:
+    """Where one of two optimizers overflows, the next step but one has the gradients of both, of the same pass."""
+    torch.manual_seed(3)
+    net = TwoTowers()
+    optimizers = [torch.optim.SGD(tower.parameters(), lr=0.05) for tower in (net.left, net.right)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    truth = []
+    with instrument.watch(net, interval=interval, logdir=tmp_path, strict=True) as watcher:
+        for step in range(10):
+            left, right = net(data(step))
+            factor = float("inf") if step in overflows else 1.0
+            loss = left.square().mean() * factor + right.square().mean()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            scale = scaler.get_scale()
+            scaler.scale(loss).backward()
+            truth.append([p.grad.norm().item() / scale for p in net.parameters() if p.grad is not None and p.ndim == 2])
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+        assert watcher.current_step == 10
+        records = {record.step: record for record in watcher.history}
+    assert sorted(records) == list(range(0, 10, interval))
+    disturbed = {step for overflow in overflows for step in range(overflow, overflow + 1 + interval)}
+    for step, record in records.items():
+        if step in disturbed:
+            continue
+        found = [record[f"Gradients/{tower}.weight"].l2 for tower in ("left", "right")]
+        assert found == pytest.approx(truth[step], rel=1e-5), step
+
+
 def test_autocast_is_recorded_in_its_own_type(tmp_path: Path) -> None:
     """Under bfloat16 autocast activations are recorded as bfloat16 values, parameters as float32, bit-identically."""
 

@@ -173,18 +173,23 @@ def test_a_parametrization_added_later_is_picked_up(tmp_path: Path) -> None:
     assert names[2] == names[3] == {"0.parametrizations.weight.original", "0.bias"}
 
 
-def test_the_fused_path_of_the_transformer_stays_on_in_evaluation(tmp_path: Path) -> None:
+def _encoder_layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (lambda: nn.Sequential(nn.TransformerEncoder(_encoder_layer(), 2)), 2),
+        (lambda: nn.TransformerEncoder(_encoder_layer(), 2), 2),
+        (_encoder_layer, 1),
+    ],
+    ids=["inside", "the encoder itself", "the layer itself"],
+)
+def test_the_fused_path_of_the_transformer_stays_on_in_evaluation(
+    make: Callable[[], nn.Module], layers: int, tmp_path: Path
+) -> None:
     """Evaluation between sampled steps uses the fused kernel of `TransformerEncoderLayer` and gives equal outputs."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.1)
-            self.encoder = nn.TransformerEncoder(layer, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.encoder(x)
-            return out
 
     def count_fused(model: nn.Module) -> tuple[int, torch.Tensor]:
         model.eval()
@@ -196,7 +201,7 @@ def test_the_fused_path_of_the_transformer_stays_on_in_evaluation(tmp_path: Path
 
     def run(logdir: Path | None) -> list[tuple[int, torch.Tensor]]:
         torch.manual_seed(3)
-        model = Net()
+        model = make()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         if logdir is not None:
             instrument.watch(model, interval=1, logdir=logdir, strict=True)
@@ -213,7 +218,7 @@ def test_the_fused_path_of_the_transformer_stays_on_in_evaluation(tmp_path: Path
     with pytest.warns(instrument.InstrumentWarning, match="out_proj"):
         watched = run(tmp_path)
     bare = run(None)
-    assert [count for count, _ in watched] == [count for count, _ in bare] == [2] * 7
+    assert [count for count, _ in watched] == [count for count, _ in bare] == [layers] * 7
     assert all(torch.equal(one, other) for (_, one), (_, other) in zip(watched, bare, strict=True))
 
 
