@@ -65,9 +65,9 @@ def mlp(activation: nn.Module, width: int = 8) -> nn.Sequential:
 class Classifier(nn.Module):
     """Two hidden layers with ReLU as modules or as functions."""
 
-    def __init__(self, has_modules: bool) -> None:
+    def __init__(self, features: int, has_modules: bool) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(20, 256)
+        self.fc1 = nn.Linear(features, 256)
         self.fc2 = nn.Linear(256, 256)
         self.head = nn.Linear(256, 10)
         self.act1: Callable[[torch.Tensor], torch.Tensor] = nn.ReLU() if has_modules else functional.relu
@@ -78,13 +78,13 @@ class Classifier(nn.Module):
         return out
 
 
-def clusters() -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of shape (20000, 20) and classes."""
+def clusters(count: int, mean: float, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of shape (20000, count) and classes; features that are not centred silence units by the hundred."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(200, 20, generator=generator)
+    centres = mean + torch.randn(200, count, generator=generator)
     classes = torch.randint(10, (200,), generator=generator)
     chosen = torch.randint(200, (20_000,), generator=generator)
-    return centres[chosen] + 0.7 * torch.randn(20_000, 20, generator=generator), classes[chosen]
+    return centres[chosen] + noise * torch.randn(20_000, count, generator=generator), classes[chosen]
 
 
 @pytest.fixture
@@ -98,51 +98,62 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    ("rate", "low", "high", "start", "every"),
-    [(5e-3, 0.03, 0.12, 700, 1), (2e-2, 0.25, 0.65, 700, 1), (2e-2, 0.25, 0.65, 0, 10)],
+    ("rate", "task", "low", "high", "start", "every"),
+    [
+        (5e-3, (20, 0.0, 0.7), 0.05, 0.09, 700, 1),
+        (2e-2, (20, 0.0, 0.7), 0.30, 0.42, 700, 1),
+        (2e-2, (64, 1.2, 0.2), 0.52, 0.63, 700, 1),
+        (2e-2, (64, 1.2, 0.2), 0.52, 0.63, 0, 10),
+    ],
 )
 def test_precision_and_recall_on_a_relu_network(
-    tmp_path: Path, rate: float, low: float, high: float, start: int, every: int
+    tmp_path: Path, rate: float, task: tuple[int, float, float], low: float, high: float, start: int, every: int
 ) -> None:
     """Of units called dead 0.9 are, and of dead units 0.9 are found, by activations and by gradient rows alike.
 
-    The truth is that a unit fires on none of all 20,000 samples with the weights of the end.
+    The truth is that a unit fires on none of all 20,000 samples with the weights of the end. Three seeds are pooled.
     """
-    features, classes = clusters()
-    weights = []
-    for names in (("act1", "act2"), ("fc1", "fc2")):
-        torch.manual_seed(0)
-        model = Classifier(has_modules=names[0] == "act1")
-        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-        generator = torch.Generator().manual_seed(1)
-        watcher = None
-        for step in range(800):
-            if step == start:  # a window of 4096 samples is 64 batches
-                watcher = instrument.watch(model, logdir=tmp_path / names[0], interval=800, scalar_interval=every)
-            chosen = torch.randint(20_000, (64,), generator=generator)
-            optimizer.zero_grad()
-            functional.cross_entropy(model(features[chosen]), classes[chosen]).backward()
-            optimizer.step()
-        assert watcher is not None
-        found = watcher.dead_units()
-        watcher.close()
-        with torch.no_grad():
-            first = model.fc1(features)
-            second = model.fc2(first.relu())
-        truth = torch.cat([(z <= 0).all(0) for z in (first, second)]).numpy()
-        called = np.zeros(512, bool)
-        for layer, name in enumerate(names):
-            status = found[name]
-            assert status.samples >= 4096
-            assert status.batches >= 32
-            assert status.witness == ("activations" if names[0] == "act1" else "gradient rows")
-            called[[256 * layer + unit for unit in status.dead]] = True
+    features, classes = clusters(*task)
+    by_names: dict[tuple[str, str], list[tuple[Any, Any]]] = {}
+    for seed in range(3):
+        weights = []
+        for names in (("act1", "act2"), ("fc1", "fc2")):
+            torch.manual_seed(seed)
+            model = Classifier(task[0], has_modules=names[0] == "act1")
+            optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+            generator = torch.Generator().manual_seed(seed + 1)
+            watcher = None
+            logdir = tmp_path / f"{names[0]}-{seed}"
+            for step in range(800):
+                if step == start:  # a window of 4096 samples is 64 batches
+                    watcher = instrument.watch(model, logdir=logdir, interval=800, scalar_interval=every)
+                chosen = torch.randint(20_000, (64,), generator=generator)
+                optimizer.zero_grad()
+                functional.cross_entropy(model(features[chosen]), classes[chosen]).backward()
+                optimizer.step()
+            assert watcher is not None
+            found = watcher.dead_units()
+            watcher.close()
+            with torch.no_grad():
+                first = model.fc1(features)
+                second = model.fc2(first.relu())
+            truth = torch.cat([(z <= 0).all(0) for z in (first, second)]).numpy()
+            called = np.zeros(512, bool)
+            for layer, name in enumerate(names):
+                status = found[name]
+                assert status.samples >= 4096
+                assert status.batches >= 32
+                assert status.witness == ("activations" if names[0] == "act1" else "gradient rows")
+                called[[256 * layer + unit for unit in status.dead]] = True
+            by_names.setdefault(names, []).append((called, truth))
+            weights.append([parameter.detach().clone() for parameter in model.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    for pairs in by_names.values():
+        called, truth = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
         right = (called & truth).sum()
         assert low < truth.mean() < high
         assert right / called.sum() >= 0.9
         assert right / truth.sum() >= 0.9
-        weights.append([parameter.detach().clone() for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 def test_one_window_is_not_called_early(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from instrument.config import SECTIONS
 from instrument.diagnose.tables import Column, FittedTable
 from instrument.record.buffer import StepRecord
 from instrument.record.statistics import COLUMNS
-from instrument.record.tags import COUNTS, STATISTICS, Tag, parse_tag
+from instrument.record.tags import COUNTS, Tag, parse_tag
 
 __all__ = ["COLUMNS", "Latest", "Row", "detail_tables"]
 
@@ -74,17 +74,15 @@ class Latest:
     def add_records(self, records: Iterable[StepRecord]) -> None:
         """Take step records, such as a watch's history."""
         for record in records:
-            for tag, sketch in record.items():
+            for (tag, sketch), values in zip(record.items(), record.statistics().tolist(), strict=True):
                 parsed = parse_tag(tag)
                 assert parsed is not None
-                numbers = {**STATISTICS, **COUNTS} if sketch.count else COUNTS
-                self.add(
-                    record.step,
-                    {
-                        Tag(parsed.kind, statistic, parsed.name): compute(sketch)
-                        for statistic, compute in numbers.items()
-                    },
-                )
+                scalars = {
+                    Tag(parsed.kind, statistic, parsed.name): value
+                    for statistic, value in zip(COLUMNS, values, strict=True)
+                    if sketch.count or statistic in COUNTS
+                }
+                self.add(record.step, scalars)
 
     def rows(self) -> tuple[Row, ...]:
         """One row a site, in the order of kinds and of first appearance."""

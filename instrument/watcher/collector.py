@@ -170,8 +170,13 @@ class Collector:
         """Whether what this rank measures at a site belongs into a sum over ranks; None where it cannot tell."""
         return self.shards.is_counted(site) if self.shards is not None else True
 
-    def tell_of_ranks(self) -> None:
-        """Say where what is recorded is one part of several."""
+    def tell_of_limits(self) -> None:
+        """Say where what is recorded is one part of several, and where a hook costs a fast path."""
+        if isinstance(self._model(), nn.TransformerEncoderLayer):
+            self._notices.say(
+                "a TransformerEncoderLayer that is watched by itself is evaluated by its plain path before sampled "
+                "steps, since its fused one refuses any hook on it; watch the model that it is part of"
+            )
         if self.shards is None:
             if position().world > 1:
                 self._notices.say(

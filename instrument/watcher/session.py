@@ -385,7 +385,7 @@ class Session:
         if self._are_calls_checked or self.collector.has_seen_capturing():
             return
         self._are_calls_checked = True
-        self.collector.tell_of_ranks()
+        self.collector.tell_of_limits()
         if not self.collector.wants_kind("activations"):
             return
         called = self.taps.called if self._graph_taps is None else self._graph_taps.called()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_a_parametrization_added_later_is_picked_up(tmp_path: Path) -> None:
     assert names[2] == names[3] == {"0.parametrizations.weight.original", "0.bias"}
 
 
-def _encoder_layer() -> nn.Module:
+def _encoder_layer() -> nn.TransformerEncoderLayer:
     return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.1)
 
 
@@ -182,9 +183,8 @@ def _encoder_layer() -> nn.Module:
     [
         (lambda: nn.Sequential(nn.TransformerEncoder(_encoder_layer(), 2)), 2),
         (lambda: nn.TransformerEncoder(_encoder_layer(), 2), 2),
-        (_encoder_layer, 1),
     ],
-    ids=["inside", "the encoder itself", "the layer itself"],
+    ids=["inside", "the encoder itself"],
 )
 def test_the_fused_path_of_the_transformer_stays_on_in_evaluation(
     make: Callable[[], nn.Module], layers: int, tmp_path: Path
@@ -220,6 +220,36 @@ def test_the_fused_path_of_the_transformer_stays_on_in_evaluation(
     bare = run(None)
     assert [count for count, _ in watched] == [count for count, _ in bare] == [layers] * 7
     assert all(torch.equal(one, other) for (_, one), (_, other) in zip(watched, bare, strict=True))
+
+
+def test_a_layer_with_a_fused_path_as_the_whole_model_is_told(tmp_path: Path) -> None:
+    """A layer watched by itself loses its fused path before sampled steps alone, says so, and trains the same."""
+    model = _encoder_layer()
+    with pytest.warns(instrument.InstrumentWarning):
+        watched = twins(_encoder_layer, tmp_path, _step_of_tokens)
+    assert any("refuses any hook on it" in notice for notice in watched.notices)
+    with pytest.warns(instrument.InstrumentWarning), instrument.watch(model, interval=4, logdir=tmp_path / "few"):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(8):
+            model.eval()
+            tokens = data(step, 6, 8)[None]
+            with torch.no_grad(), torch.profiler.profile() as profile:
+                output = model(tokens)
+            names = [event.name for event in profile.events() or ()]
+            assert ("aten::_transformer_encoder_layer_fwd" in names) == (step % 4 != 0)
+            model.train()
+            with torch.no_grad():
+                expected = copy.deepcopy(model).eval()(tokens)
+            assert torch.allclose(output, expected, atol=1e-6)
+            _step_of_tokens(model, optimizer, step)
+
+
+def _step_of_tokens(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss: torch.Tensor = model(data(step, 6, 8)[None]).square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss
 
 
 class Frozen(nn.Module):
