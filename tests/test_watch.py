@@ -289,16 +289,16 @@ def rewatch_include(model: nn.Module, include: str, logdir: Path) -> instrument.
 
 def test_a_module_that_is_never_called_is_named_once(tmp_path: Path) -> None:
     """`out_proj` of attention, whose weight its parent uses, is named in one notice; its parameters are there."""
-    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
     watcher = instrument.watch(model, interval=1, logdir=tmp_path, strict=True)
     optimizer = sgd(model)
-    with pytest.warns(instrument.InstrumentWarning, match=r"never called .* self_attn\.out_proj"):
+    with pytest.warns(instrument.InstrumentWarning, match=r"never called .* 0\.self_attn\.out_proj"):
         for step in range(3):
             optimizer.zero_grad()
             model(batch(step).view(2, 8, 4)).mean().backward()
             optimizer.step()
     assert len(watcher.notices) == 1
-    assert "Gradients/self_attn.out_proj.weight" in watcher.history[-1]
+    assert "Gradients/0.self_attn.out_proj.weight" in watcher.history[-1]
     watcher.close()
 
 
