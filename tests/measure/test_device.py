@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instrument.measure.custom_op import measure
-from instrument.measure.device import CapturingError, DeviceBatch, DeviceSketch, accumulate
+from instrument.measure.device import CapturingError, DeviceBatch, Devices, DeviceSketch, accumulate
+from instrument.measure.device import batch as batches
 from instrument.measure.pending import Divided
 from instrument.measure.sketch import CODES, Sketch, empty_moments
 from instrument.measure.tensors import Values, readable
@@ -31,6 +32,8 @@ class Queue:
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.waits: list[str] = []
         self.capturing = False
+        self.current = "first"
+        self.collected: list[tuple[str, str]] = []
 
     def is_capturing(self) -> bool:
         return self.capturing
@@ -54,14 +57,11 @@ class Queue:
         for host, tensor in self.copies:
             host.copy_(tensor)
 
-    def writes(self, batch: DeviceBatch) -> None:
-        """One stream alone."""
-
-    def written(self, batch: DeviceBatch) -> None:
-        """One stream alone."""
+    def stream(self, device: torch.device) -> str:
+        return self.current
 
     def collects(self, batch: DeviceBatch) -> None:
-        """One stream alone."""
+        self.collected.append((self.current, batch.stream))
 
 
 def add(batch: DeviceBatch, tensor: torch.Tensor) -> DeviceSketch:
@@ -153,6 +153,34 @@ def test_small_tensors_together_are_those_one_by_one() -> None:
     with Unseen():
         later = rows.add_small(tensors) + rows.add_small(tensors)
     for sketch, tensor in zip(later, tensors + tensors, strict=True):
+        assert_same(sketch.sketch(), measure(tensor))
+
+
+def test_no_stream_writes_to_the_rows_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors measured on two streams in turn, each fills rows that it has made; the sender waits for both."""
+    queue, devices = Queue(), Devices()
+    monkeypatch.setattr(batches, "edge_for", lambda device: queue)
+    writers: dict[int, set[str]] = {}
+    launch = accumulate
+
+    def watched(values: Values, codes: torch.Tensor, moments: torch.Tensor) -> None:
+        writers.setdefault(codes.untyped_storage().data_ptr(), set()).add(queue.current)
+        launch(values, codes, moments)
+
+    monkeypatch.setattr(batches, "accumulate", watched)
+    generator = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(7, generator=generator) for _ in range(200)]
+    later = []
+    for number, tensor in enumerate(tensors):
+        queue.current = "side" if number % 3 == 0 else "first"
+        with Unseen():
+            later.append(devices.add(readable(tensor)))
+    assert len(writers) >= 4  # blocks of 64 rows
+    assert all(len(streams) == 1 for streams in writers.values())
+    queue.current = "third"
+    devices.send()
+    assert sorted(queue.collected) == [("third", "first"), ("third", "side")]
+    for sketch, tensor in zip(later, tensors, strict=True):
         assert_same(sketch.sketch(), measure(tensor))
 
 

@@ -10,7 +10,8 @@ a sketch, which is the writer's thread, waits for that event. The training threa
 | many small tensors | one launch for all of them | one tensor after the other |
 
 A row is 33 kB, so a batch of many rows is sent before the step ends: what has arrived is merged on the host, and
-micro-batches do not pile up on the device. While a CUDA graph is captured nothing is measured: a replay would add to
+micro-batches do not pile up on the device. Each stream has rows of its own: a block that one had set to zero, another
+would write to before that is done. While a CUDA graph is captured nothing is measured: a replay would add to
 rows that are gone.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,10 @@ _MOST_ROWS = 1024
 
 
 class DeviceBatch:
-    """Rows of accumulators on one device that travel to the host together.
+    """Rows of accumulators that one stream of a device fills and that travel to the host together.
 
     Args:
-        device: Where the rows lie.
+        device: Where the rows lie; its current stream is the one that fills them.
         edge: What only a real device can do.
     """
 
@@ -53,10 +54,8 @@ class DeviceBatch:
         self.device = device
         self.rows: list[torch.Tensor] = []
         """Blocks of rows, int64 of shape (64, `WIDTH`)."""
-        self.stream: Any = None
-        """The stream that made the rows."""
-        self.others: dict[Any, Any] = {}
-        """The last event of every other stream that has written."""
+        self.stream: Any = edge.stream(device)
+        """The stream that fills the rows."""
         self.is_sent = False
         self._edge = edge
         self._used = 0
@@ -78,11 +77,9 @@ class DeviceBatch:
         """
         if self._edge.is_capturing():
             raise CapturingError
-        self._edge.writes(self)
         row = self._new_row()
         codes, moments = self._accumulators(row)
         accumulate(values, codes, moments)
-        self._edge.written(self)
         return DeviceSketch(self, row)
 
     def add_small(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch]:
@@ -96,7 +93,6 @@ class DeviceBatch:
             return [self.add(Values(tensor, 1, 0)) for tensor in tensors]
         if self._edge.is_capturing():
             raise CapturingError
-        self._edge.writes(self)
         starts = [0]
         for tensor in tensors:
             starts.append(starts[-1] + tensor.numel())
@@ -109,7 +105,6 @@ class DeviceBatch:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with on(self.device):
             kernel.accumulate_segments(flat, self._edge.to_device(starts, self.device), block)
-        self._edge.written(self)
         return [DeviceSketch(self, first + index) for index in range(len(tensors))]
 
     @property
@@ -197,14 +192,14 @@ class DeviceSketch:
 
 
 class Devices:
-    """The batches that fill, one for each device that has an edge.
+    """The batches that fill, one for each stream of each device that has an edge.
 
     Example:
         >>> Devices().send()
     """
 
     def __init__(self) -> None:
-        self._batches: dict[torch.device, DeviceBatch] = {}
+        self._batches: dict[tuple[torch.device, Hashable], DeviceBatch] = {}
 
     def add(self, values: Values) -> DeviceSketch:
         """Measure a tensor as it is now, where it lies; call it under `Unseen`.
@@ -225,11 +220,12 @@ class Devices:
             batch.send()
 
     def _batch(self, device: torch.device) -> DeviceBatch:
-        batch = self._batches.get(device)
+        edge = edge_for(device)
+        assert edge is not None, f"{device} has no edge"
+        key = device, edge.stream(device)
+        batch = self._batches.get(key)
         if batch is None or batch.is_full or batch.is_sent:
             if batch is not None:
                 batch.send()
-            edge = edge_for(device)
-            assert edge is not None, f"{device} has no edge"
-            batch = self._batches[device] = DeviceBatch(device, edge)
+            batch = self._batches[key] = DeviceBatch(device, edge)
         return batch

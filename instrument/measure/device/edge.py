@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -47,14 +47,11 @@ class Edge(Protocol):
     def to_device(self, numbers: Sequence[int], device: torch.device) -> torch.Tensor:
         """Whole numbers on a device, without a wait."""
 
-    def writes(self, batch: DeviceBatch) -> None:
-        """The current stream is about to write to a batch."""
-
-    def written(self, batch: DeviceBatch) -> None:
-        """The current stream has written to a batch."""
+    def stream(self, device: torch.device) -> Hashable:
+        """What work that is launched now is queued in."""
 
     def collects(self, batch: DeviceBatch) -> None:
-        """The current stream is about to read what all streams wrote to a batch."""
+        """The current stream is about to read what that of a batch wrote."""
 
 
 class CudaEdge:
@@ -81,33 +78,18 @@ class CudaEdge:
         """Copy from pinned memory, which does not wait."""
         return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
 
-    def writes(self, batch: DeviceBatch) -> None:
-        """Have a stream that comes later wait for the one that made the rows."""
-        stream = torch.cuda.current_stream(batch.device)
-        if batch.stream is None:
-            batch.stream = stream
-        elif stream != batch.stream:  # rows were made on the first stream
-            stream.wait_stream(batch.stream)
-            for rows in batch.rows:
-                rows.record_stream(stream)
-
-    def written(self, batch: DeviceBatch) -> None:
-        """Note how far another stream has come."""
-        stream = torch.cuda.current_stream(batch.device)
-        if stream != batch.stream:
-            event = torch.cuda.Event()
-            event.record(stream)
-            batch.others[stream] = event
+    def stream(self, device: torch.device) -> Hashable:
+        """The current stream of the device."""
+        stream: Hashable = torch.cuda.current_stream(device)
+        return stream
 
     def collects(self, batch: DeviceBatch) -> None:
-        """Have the current stream wait for all that have written."""
+        """Have the current stream wait for that of the batch, whose memory it uses too."""
         stream = torch.cuda.current_stream(batch.device)
-        if batch.stream is not None and stream != batch.stream:
+        if stream != batch.stream:
             stream.wait_stream(batch.stream)
             for rows in batch.rows:
                 rows.record_stream(stream)
-        for event in batch.others.values():
-            stream.wait_event(event)
 
 
 def edge_for(device: torch.device) -> Edge | None:
