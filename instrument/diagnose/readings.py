@@ -16,22 +16,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from instrument.capture.names import Site
+from instrument.diagnose.numbers import Numbers
 from instrument.diagnose.units import UnitStatus
 from instrument.measure.histogram import count_below
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord, Traits
 from instrument.record.statistics import COLUMNS
-from instrument.record.tags import STATISTICS, Tag, parse_tag
+from instrument.record.tags import Tag, parse_tag
 
 __all__ = [
     "DERIVED",
@@ -64,8 +63,9 @@ SKIPPED = Tag("gradients", "skipped", GLOBAL)
 DERIVED = frozenset({"l2", "skipped", LOG10_RATIO, SUBNORMAL_FRACTION, RANGE_FRACTION})
 """Statistics that are written because a reading needs them."""
 
-_COUNTED = len(STATISTICS)
-"""The column of `COLUMNS` from which on there are counts."""
+_MATRIX = 2
+"""Dimensions of a matrix, of whose updates a ratio is told."""
+
 _EVERY = frozenset(COLUMNS) | DERIVED
 _NARROW_MAX = 1e6
 """Formats that end below this are narrow: float16 and float8."""
@@ -123,29 +123,24 @@ class Reading:
         Returns:
             The reading.
         """
-        table = record.statistics()
-        is_known = ~np.isnan(table)
-        is_known[:, _COUNTED:] &= (table[:, _COUNTED:] > 0) | ~is_known[:, :1]  # 0 where all else lacks
-        tags = [tag for name in record for tag in _tags_of(name)]
-        values = dict(itertools.compress(zip(tags, table.ravel().tolist(), strict=True), is_known.ravel().tolist()))
-        squares: list[float] = []
+        tags = tuple(record)
+        numbers = Numbers(tags, record.statistics(), {})
+        further: dict[Tag, float] = {}
         known: dict[str, ParameterTraits] = {}
-        for first, (name, sketch) in zip(tags[:: len(COLUMNS)], record.items(), strict=True):
-            kind, _, parameter = first
-            traits = record.traits.get(name)
-            if traits is not None:
-                if kind == "parameters":
-                    known[parameter] = ParameterTraits(traits.ndim, traits.requires_grad)
-                if _is_narrow(traits.dtype):
-                    values.update(_of_narrow(kind, parameter, sketch, traits))
-            if kind == "gradients":
-                squares.append(sketch.total_squares)
+        for tag, traits in record.traits.items():
+            kind, _, name = _parsed(tag)
+            if kind == "parameters":
+                known[name] = ParameterTraits(traits.ndim, traits.requires_grad)
+            if _is_narrow(traits.dtype):
+                further.update(_of_narrow(kind, name, record[tag], traits))
+        squares = [record[tag].total_squares for tag in tags if _parsed(tag).kind == "gradients"]
         if squares:
-            values[GLOBAL_L2] = math.sqrt(sum(squares))
+            further[GLOBAL_L2] = math.sqrt(sum(squares))
         if record.skipped:
-            values[SKIPPED] = 1.0
-        values.update(_ratios(values, known))
+            further[SKIPPED] = 1.0
+        further.update(_ratios(numbers, known))
         merged = {**parameters, **known}
+        values = Numbers(tags, record.statistics(), further)
         return cls(record.step, values, units, loss, parameters if merged == parameters else merged)
 
     @classmethod
@@ -185,7 +180,14 @@ class Reading:
 
     def column(self, kind: str, statistic: str) -> Mapping[str, float]:
         """One statistic of every site of a kind: name to value, in the order of execution."""
+        if isinstance(self.values, Numbers):
+            return self.values.column(kind, statistic)
         return self._columns.get((kind, statistic), {})
+
+    def derived(self) -> dict[Tag, float]:
+        """The numbers that the statistics of no single tensor tell; see `DERIVED`."""
+        values = self.values.further() if isinstance(self.values, Numbers) else self.values
+        return {tag: value for tag, value in values.items() if tag.statistic in DERIVED}
 
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -207,11 +209,11 @@ class Reading:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _tags_of(tag: str) -> tuple[Tag, ...]:
-    """The tags of all statistics of a sketch, in the order of `COLUMNS`."""
+def _parsed(tag: str) -> Tag:
+    """Kind and name of a histogram tag."""
     parsed = parse_tag(tag)
     assert parsed is not None
-    return tuple(Tag(parsed.kind, statistic, parsed.name) for statistic in COLUMNS)
+    return parsed
 
 
 @functools.cache
@@ -231,11 +233,11 @@ def _of_narrow(kind: str, name: str, sketch: Sketch, traits: Traits) -> dict[Tag
     return found
 
 
-def _ratios(values: Mapping[Tag, float], known: Mapping[str, ParameterTraits]) -> dict[Tag, float]:
+def _ratios(numbers: Numbers, known: Mapping[str, ParameterTraits]) -> dict[Tag, float]:
+    changes, sizes = numbers.column("updates", "rms"), numbers.column("parameters", "rms")
     ratios = {}
-    for name, traits in known.items():
-        if traits.ndim >= 2:  # a matrix has two dimensions
-            change, size = (values.get(Tag(kind, "rms", name), 0.0) for kind in ("updates", "parameters"))
-            if change > 0.0 and size > 0.0:
-                ratios[Tag("updates", LOG10_RATIO, name)] = math.log10(change / size)
+    for name, change in changes.items():
+        size, traits = sizes.get(name, 0.0), known.get(name)
+        if traits is not None and traits.ndim >= _MATRIX and change > 0.0 and size > 0.0:
+            ratios[Tag("updates", LOG10_RATIO, name)] = math.log10(change / size)
     return ratios

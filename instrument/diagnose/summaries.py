@@ -15,7 +15,7 @@ from instrument.diagnose.album import Album
 from instrument.diagnose.doctor import Doctor, Examination
 from instrument.diagnose.health import health_rows
 from instrument.diagnose.layout import layout_value
-from instrument.diagnose.readings import DERIVED, GUIDE, LOG10_RATIO, UPDATE_GUIDE, ParameterTraits, Reading
+from instrument.diagnose.readings import GUIDE, LOG10_RATIO, UPDATE_GUIDE, ParameterTraits, Reading
 from instrument.diagnose.report import health_markdown
 from instrument.diagnose.units import UnitStatus, encode
 from instrument.record.documents import UNITS_TAG, WATCH_TAG, document, packed
@@ -102,8 +102,7 @@ class Summaries:
 def _derived(reading: Reading) -> list[Summary.Value]:
     values = [
         Summary.Value(tag=tag_of(Site(kind, name), statistic), simple_value=value)
-        for (kind, statistic, name), value in reading.values.items()
-        if statistic in DERIVED
+        for (kind, statistic, name), value in reading.derived().items()
     ]
     if reading.column("updates", LOG10_RATIO):
         values.append(Summary.Value(tag=tag_of(Site("updates", GUIDE), LOG10_RATIO), simple_value=UPDATE_GUIDE))

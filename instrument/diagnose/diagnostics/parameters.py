@@ -24,8 +24,9 @@ def no_gradient(readings: Sequence[Reading], config: Config) -> Iterator[Finding
     last = readings[-1]
     columns = [reading.column("gradients", "abs_max") for reading in recent]
     counts = [reading.column("gradients", count) for reading in recent for count in ("nan_count", "inf_count")]
+    newest_first = [column for column in reversed((*counts, *columns)) if column]
     for name, traits in last.parameters.items():
-        if not traits.requires_grad or any(column.get(name) for column in (*columns, *counts)):
+        if not traits.requires_grad or any(column.get(name) for column in newest_first):
             continue
         is_there = any(name in column for column in columns)
         what = "has a gradient of nothing but zeros" if is_there else "has never had a gradient"
