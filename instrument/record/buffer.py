@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from instrument.capture.names import Site
@@ -19,7 +17,7 @@ from instrument.measure.histogram import FloatArray
 from instrument.measure.pending import Pending, Together
 from instrument.measure.sketch import Sketch
 from instrument.measure.units import DeviceTally, UnitTally, merge_tallies
-from instrument.record.statistics import SLICE, statistics_of, yield_lock
+from instrument.record.packing import SketchStore
 from instrument.record.tags import tag_of
 
 __all__ = ["Buffer", "StepRecord", "Traits"]
@@ -93,7 +91,7 @@ class StepRecord(Mapping[str, Sketch]):
         (3, 1.0)
     """
 
-    __slots__ = ("_sketches", "_statistics", "skipped", "step", "traits", "units", "wall_time")
+    __slots__ = ("_sketches", "skipped", "step", "traits", "units", "wall_time")
 
     def __init__(
         self,
@@ -110,14 +108,10 @@ class StepRecord(Mapping[str, Sketch]):
         self.wall_time = wall_time
         self.units = units
         self.traits = traits
-        self._sketches = dict(sketches)
-        self._statistics: FloatArray | None = None
+        self._sketches = sketches if isinstance(sketches, SketchStore) else SketchStore(sketches)
 
     def __getitem__(self, tag: str) -> Sketch:
-        found = self._sketches[tag]
-        if not isinstance(found, Sketch):
-            found = self._sketches[tag] = found.sketch()
-        return found
+        return self._sketches[tag]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sketches)
@@ -131,25 +125,23 @@ class StepRecord(Mapping[str, Sketch]):
         Returns:
             Float64 of shape (sketches, `COLUMNS`), in the order of the record.
         """
-        if self._statistics is None:
-            sketches = iter(self.values())
-            parts = []
-            for _ in range(0, len(self), SLICE):
-                yield_lock()
-                parts.append(statistics_of(itertools.islice(sketches, SLICE)))
-            self._statistics = np.concatenate(parts) if parts else statistics_of(())
-        return self._statistics
+        return self._sketches.statistics()
+
+    def pack(self) -> None:
+        """Keep the sketches in little memory from now on, here and in every record that shares them."""
+        self._sketches.pack()
 
     def joined(self, later: StepRecord) -> StepRecord:
         """This record with what a later one of the same step adds to it."""
         units = later.units.beside(self.units) if isinstance(later.units, _Tallies) else {**self.units, **later.units}
-        sketches, traits = {**self._sketches, **later._sketches}, {**self.traits, **later.traits}
+        sketches = {**self._sketches.as_they_are(), **later._sketches.as_they_are()}
+        traits = {**self.traits, **later.traits}
         return StepRecord(self.step, sketches, later.wall_time, later.skipped, units, traits=traits)
 
     def without(self, earlier: StepRecord) -> StepRecord:
         """What this record has more than an earlier one of the same step."""
         units = self.units.without(earlier.units) if isinstance(self.units, _Tallies) else self.units
-        sketches = {tag: sketch for tag, sketch in self._sketches.items() if tag not in earlier}
+        sketches = {tag: sketch for tag, sketch in self._sketches.as_they_are().items() if tag not in earlier}
         traits = {tag: found for tag, found in self.traits.items() if tag not in earlier}
         return StepRecord(self.step, sketches, self.wall_time, self.skipped, units, traits=traits)
 
@@ -247,18 +239,20 @@ class Buffer:
         self.step, self._parts, self._units = None, {}, {}
         if step is None or not parts:
             return None
-        sketches = {_known_tag(site): _merged(found) for site, found in parts.items()}
+        sketches = SketchStore({_known_tag(site): _merged(found) for site, found in parts.items()})
         known = self.traits
         traits = {_known_tag(site): known[site] for site in parts if site in known}
         record = StepRecord(step, sketches, self._wall_time, self.skipped, units, traits=traits)
         newest = self.history[-1] if self.history else None
+        if newest is not None and newest.traits == traits:
+            record.traits = newest.traits  # for the history to have them once
         if newest is not None and newest.step == step:
             record = record.without(newest)
             self.history[-1] = newest.joined(record)
         else:
             if newest is not None:
                 newest.units = NO_UNITS  # they are large; whoever judges units has a record of its own
-            self.history.append(StepRecord(step, sketches, self._wall_time, self.skipped, units, traits=traits))
+            self.history.append(StepRecord(step, sketches, self._wall_time, self.skipped, units, traits=record.traits))
         return record if len(record) else None
 
 

@@ -69,7 +69,7 @@ class Checkup:
         """
         self._doctor.add(record, is_flush)
         # Not of later steps, though they may wait already: a run is read one step after another.
-        self._sink.values(functools.partial(self._values, record.step))
+        self._sink.values(functools.partial(self._values, record))
 
     def findings(self) -> tuple[Finding, ...]:
         """Everything found so far, oldest first; none in a process that was forked from the one that watches."""
@@ -109,15 +109,18 @@ class Checkup:
         if error is not None and self._strict:
             raise error
 
-    def _values(self, step: int | None = None) -> Iterator[tuple[int, list[Any]]]:
-        """Examine what waits; the values for each step up to this one."""
+    def _values(self, record: StepRecord | None = None) -> Iterator[tuple[int, list[Any]]]:
+        """Examine what waits; the values for each step up to that of a record, which is packed then."""
         examinations: list[Examination] = []
+        step = record.step if record is not None else None
         self._guarded(lambda: examinations.extend(self._doctor.catch_up(step)))
         for examination in examinations:
             values: list[Any] = []
             self._guarded(functools.partial(self._after, examination, values))
             if values:
                 yield examination.reading.step, values
+        if record is not None:
+            self._guarded(record.pack)
 
     def _after(self, examination: Examination, values: list[Any]) -> None:
         """Tell of an examination; add to the values for its step."""

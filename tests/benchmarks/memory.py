@@ -65,7 +65,7 @@ def _a_site(directory: Path) -> Table:
     with instrument.watch(training.model, interval=1, logdir=directory) as watcher:
         for _ in range(watcher.config.history + 2):
             training.step()
-        watcher.flush()
+            watcher.flush()  # what is kept is asked for, not what waits for the disk
         gc.collect()
         grown, sites, kept = resident() - before, len(watcher.sites), len(watcher.history)
     sizes = [
