@@ -178,6 +178,9 @@ class Doctor:
             self._go_back(reading.step)
         if self.readings and self.readings[-1].step == reading.step:
             reading = self.readings.pop().joined(reading)
+        if self.readings and self.readings[-1].units:
+            # Of units the newest state counts; kept for every flush they would be the larger part of all memory.
+            self.readings[-1] = dataclasses.replace(self.readings[-1], units=NO_UNITS)
         self.readings.append(reading)
         readings = tuple(self.readings)
         active: dict[_Key, Finding] = {}
