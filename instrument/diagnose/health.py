@@ -88,7 +88,10 @@ def health_rows(
         that a finding is about; in the order of execution.
     """
     recent = readings[-_RECENT:]
-    activations = _newest(recent, "activations", "rms")
+    outputs = _newest(recent, "activations", "rms")
+    activations: dict[str, float] = {}
+    for output, size in outputs.items():
+        activations.setdefault(output.partition("[")[0], size)  # of several outputs the first
     gradients = _newest([reading for reading in recent if not reading.is_skipped], "gradients", "rms")
     ratios = _newest(recent, "updates", LOG10_RATIO)
     root = next((name for name in reversed(activations) if is_root(name)), "(model)")
@@ -101,7 +104,7 @@ def health_rows(
             kind, name = finding.site
             layer = name.partition("[")[0] if kind in MODULE_KINDS else _owner(name) or root
             flags.setdefault(layer, []).append(finding)
-    modules = dict.fromkeys([*(name.partition("[")[0] for name in activations), *owned, *units, *flags])
+    modules = dict.fromkeys([*activations, *owned, *units, *flags])
     parents = {name[:cut] for name in modules for cut in range(len(name)) if name[cut] == "."}
     if len(modules) > 1:
         parents.add(root)
@@ -124,8 +127,7 @@ def _row(
     main = next((own for own in parameters if own.endswith("weight")), parameters[0] if parameters else "")
     judged = status if status is not None and status.units and status.verdict in ("ok", "dead") else None
     worst = sorted({(-finding.level, finding.diagnostic) for finding in findings})
-    outputs = (size for output, size in activations.items() if output.partition("[")[0] == name)
-    numbers = (next(outputs, None), gradients.get(main))
+    numbers = (activations.get(name), gradients.get(main))
     fine = PASSES_NAN if any(number is not None and math.isnan(number) for number in numbers) else FINE
     return HealthRow(
         layer=name,
