@@ -16,10 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 import instrument
 from instrument.capture.names import Site
-from instrument.diagnose.units import UnitStatus
+from instrument.diagnose.units import UnitStatus, decode
 from instrument.errors import ConfigError, InstrumentWarning, SelectionError
 from instrument.measure.units import UnitTally
 from instrument.record.buffer import Buffer
+from instrument.record.documents import UNITS_TAG
+from instrument.record.reading import read_steps
+
+from .training import read_back
 
 SMALL = {"dead_window_samples": 32, "dead_window_batches": 4}
 """A window that six batches of 16 fill."""
@@ -630,3 +634,14 @@ def test_training_is_bit_identical(tmp_path: Path, make: Callable[[], nn.Module]
         ends.append((losses, [*map(torch.clone, model.state_dict().values()), torch.get_rng_state()]))
     assert ends[0][0] == ends[1][0]
     assert all(torch.equal(a, b) for a, b in zip(ends[0][1], ends[1][1], strict=True))
+
+
+def test_units_are_judged_at_most_once_in_the_interval_of_scalars(tmp_path: Path) -> None:
+    """With histograms on every step and scalars every fourth, units are written on steps 0, 4, 8 and at the end."""
+    train(mlp(nn.ReLU()), tmp_path, steps=11, scalar_interval=4)
+    judged = {contents.step: contents.documents for contents in read_steps(tmp_path) if UNITS_TAG in contents.documents}
+    assert list(judged) == [0, 4, 8, 10]
+    statuses = [decode(documents[UNITS_TAG])["1"] for documents in judged.values()]
+    assert [status.batches for status in statuses][:2] == [1, 5]
+    histograms, _ = read_back(tmp_path)
+    assert histograms["Activations/1"] == list(range(11))

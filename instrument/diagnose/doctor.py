@@ -81,13 +81,15 @@ class Doctor:
         self._seen: dict[_Key, tuple[Level, int]] = {}
         self._active: dict[_Key, Finding] = {}
         self._units: dict[str, UnitStatus] = {}
+        self._judged_at: int | None = None
 
     def add(self, record: StepRecord, is_flush: bool = False) -> None:
         """Take a record; returns at once.
 
         Args:
             record: Of a step later than the last, or what a second optimizer adds to that.
-            is_flush: Whether units are to be judged after it.
+            is_flush: Whether units may be judged after it: at most once in `scalar_interval` steps, since to judge
+                them, draw them and write them down takes longer than everything else.
         """
         self._waiting.append((record, is_flush))
 
@@ -162,6 +164,7 @@ class Doctor:
     def _examine_waiting(self) -> None:
         while self._waiting:
             record, is_flush = self._waiting.popleft()
+            is_flush = is_flush and self._is_due(record.step)
             units: Mapping[str, UnitStatus] = NO_UNITS
             if self._windows is not None:
                 units = self._judged(self._windows, record, is_flush)
@@ -170,6 +173,14 @@ class Doctor:
             parameters: Mapping[str, ParameterTraits] = self.readings[-1].parameters if self.readings else {}
             reading = Reading.of_record(record, units, loss, parameters)
             self._done.append(Examination(reading, self._examine(reading), is_flush))
+
+    def _is_due(self, step: int) -> bool:
+        """Whether units are judged on a step; those of a run that was resumed begin anew."""
+        before = self._judged_at
+        if before is not None and before <= step < before + self._config.scalar_interval:
+            return step == before  # what a second optimizer adds to it
+        self._judged_at = step
+        return True
 
     def _examine(self, reading: Reading) -> tuple[Finding, ...]:
         if reading.units:
@@ -208,7 +219,7 @@ class Doctor:
         try:
             if record is not None:
                 windows.add(record)
-            return windows.status() if is_flush else NO_UNITS
+            return windows.judge() if is_flush else NO_UNITS
         except Exception as error:
             self._windows = None
             self._error = error

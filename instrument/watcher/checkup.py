@@ -65,7 +65,7 @@ class Checkup:
 
         Args:
             record: What was recorded of a step.
-            is_flush: Whether its histograms are written, and so units are judged.
+            is_flush: Whether its histograms are written, so that units may be judged.
         """
         self._doctor.add(record, is_flush)
         # Not of later steps, though they may wait already: a run is read one step after another.

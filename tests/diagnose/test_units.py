@@ -36,8 +36,8 @@ def rows(step: int, values: Iterable[float], name: str = "fc.weight", samples: i
     return StepRecord(step, {}, 0.0, units={name: tally})
 
 
-def windows(samples: int = 32, batches: int = 4, interval: int = 100) -> UnitWindows:
-    return UnitWindows(Config(dead_window_samples=samples, dead_window_batches=batches, histogram_interval=interval))
+def windows(samples: int = 32, batches: int = 4) -> UnitWindows:
+    return UnitWindows(Config(dead_window_samples=samples, dead_window_batches=batches))
 
 
 def after(followed: UnitWindows, *records: StepRecord, name: str = "act") -> UnitStatus:
@@ -150,10 +150,11 @@ def test_a_layer_of_zeros_is_constant_and_infinite_scales_hide_nothing() -> None
 
 
 def test_rates_are_of_the_last_interval() -> None:
-    """Rates begin anew behind each histogram, so that a picture of them is no running mean."""
-    followed = windows(interval=4)
+    """Rates begin anew whenever units were judged, so that a picture of them is no running mean."""
+    followed = windows()
     alive = after(followed, *(record(step, [ALIVE, DEAD]) for step in range(1, 5)))
     assert alive.rate == (1.0, 0.0)
+    followed.judge()
     silent = after(followed, *(record(step, [DEAD, ALIVE]) for step in range(5, 7)))
     assert silent.rate == (0.0, 1.0)
     mixed = after(followed, record(7, [ALIVE, ALIVE]), record(8, [ALIVE, ALIVE]))

@@ -73,7 +73,9 @@ class _Window:
         """The last full parts, `PARTS` at most."""
         self.filling: _Span | None = None
         self.interval: _Span | None = None
-        """Steps since the last histogram, to which rates belong."""
+        """Steps since the units were judged last, to which rates belong."""
+        self.is_judged = False
+        """Whether the interval is over, so that the next step begins another."""
         self.pattern = tally
         self.full_parts = 0
         self.dead_windows = 0
@@ -87,9 +89,8 @@ class _Window:
     def add(self, step: int, tally: UnitTally) -> None:
         """Add what was seen in one step."""
         self.filling = _joined(self.filling, step, tally)
-        every = self._config.histogram_interval
-        is_new = self.interval is not None and (step - 1) // every != (self.interval.last_step - 1) // every
-        self.interval = _joined(None if is_new else self.interval, step, tally)
+        self.interval = _joined(None if self.is_judged else self.interval, step, tally)
+        self.is_judged = False
         if self._is_part(self.filling):
             self.parts = [*self.parts[1 - PARTS :], self.filling]
             self.filling = None
@@ -166,8 +167,7 @@ class UnitWindows:
     """Follows the units of all modules through the records of a run.
 
     Args:
-        config: The settings: `dead_window_samples`, `dead_window_batches`, and `histogram_interval`, of which an
-            interval of rates is made.
+        config: The settings: `dead_window_samples`, `dead_window_batches` and `saturated_fraction_crit`.
 
     Example:
         >>> import torch
@@ -200,6 +200,13 @@ class UnitWindows:
                 self._windows[name] = window = _Window(tally, self._config)
             if tally.samples:
                 window.add(record.step, tally)
+
+    def judge(self) -> dict[str, UnitStatus]:
+        """What is known of the units now; rates are of the steps from here on then."""
+        found = self.status()
+        for window in self._windows.values():
+            window.is_judged = True
+        return found
 
     def status(self) -> dict[str, UnitStatus]:
         """What is known of the units of each module, in the order in which they were first seen.
