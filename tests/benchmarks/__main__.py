@@ -6,7 +6,7 @@ import sys
 
 from .harness import pin
 
-NAMES = ("measuring", "idle", "w1", "w2", "w3", "steps", "units", "memory", "gpu")
+NAMES = ("measuring", "idle", "w1", "w2", "w3", "steps", "units", "parts", "memory", "gpu")
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     pin()
     from rich.console import Console
 
-    from . import gpu, idle, measuring, memory, sampled, steps, units
+    from . import gpu, idle, measuring, memory, parts, sampled, steps, units
 
     console = Console(width=150)
     alone = {
@@ -26,6 +26,7 @@ def main() -> None:
         "idle": idle.run,
         "steps": steps.run,
         "units": units.run,
+        "parts": parts.run,
         "memory": memory.run,
         "gpu": gpu.run,
     }
