@@ -15,6 +15,7 @@
 | is a module compiled? | `Module._compiled_call_impl`, the class `OptimizedModule` | hooks below it are put on: one more graph where they were there at its first call |
 | is a compiled call going on around this one? | `torch._C._dynamo.eval_frame.get_eval_frame_callback` | the same |
 | was a caller compiled? | frames of `torch/_dynamo/eval_frame.py` | never said to be: in such functions `compiled="eager"` sees the first call of a step alone |
+| "has the call of a module ended?", by whatever exception | the frame of `Module._call_impl`, its `called_always_called_hooks` | after Ctrl-C in the model, `compiled="eager"` goes on uncompiled until the next step or `close()` |
 | run a function while a graph is traced, not in it | the mark `_dynamo_marked_constant` that `torch.compiler.assume_constant_result` sets | `torch.compiler.assume_constant_result` does no more than set it |
 | call back when the backward pass ends | `torch.autograd.Variable._execution_engine`, its `queue_callback` | gradients that a loop without an optimizer clears by itself are not recorded |
 | children and parameters of a module, without computing | `Module._modules`, `Module._parameters` | the public iterators: a child that a module holds twice has one of its names; parameters that are replaced later are not logged with the last step |
@@ -62,6 +63,7 @@ __all__ = [
     "runs_within_another_step",
     "version_of",
     "when_backward_ends",
+    "when_call_ends",
 ]
 
 
@@ -211,6 +213,36 @@ def called_from_compiled_function() -> bool:
     return False
 
 
+class _Farewell:
+    """Calls a function when the last that holds it is gone."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self._function()
+
+
+def when_call_ends(function: Callable[[], None]) -> bool:
+    """In a hook of a module: have a function called when the call that it belongs to is over; whether that can be had.
+
+    Torch tells hooks of the exceptions below `Exception` alone, so Ctrl-C passes them by. What the frame of the call
+    holds goes with it, however the call ends; where an exception ended it, once nobody holds its traceback.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _CALL_CODE:
+        frame = frame.f_back
+    held = frame.f_locals.get("called_always_called_hooks") if frame is not None else None
+    if not isinstance(held, set):
+        return False
+    held.add(_Farewell(function))  # torch looks for the numbers of hooks in this set, and never at what else is there
+    return True
+
+
+_CALL_CODE: types.CodeType | None = getattr(_lookup("torch.nn.Module._call_impl"), "__code__", None)
 _EVAL_FRAME_FILE = str(Path("torch", "_dynamo", "eval_frame.py"))
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -271,6 +271,28 @@ def test_evaluation_between_steps_costs_no_graph_and_no_error(
     assert stance() == "default"
 
 
+@pytest.mark.parametrize("how", ["compile", "blocks"])
+def test_graph_measures_parts_that_are_frozen_in_evaluation_mode(how: str, tmp_path: Path) -> None:
+    """A part in evaluation mode counts in training passes, and in no evaluation of the model, with gradients or without."""
+    model = Net()
+    watcher = instrument.watch(model, kinds=KINDS, interval=1, logdir=tmp_path, compiled="graph", strict=True)
+    forward = compiled_as(how, model, "eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for _ in range(4):
+        model.eval()
+        forward(torch.randn(5, 4))
+        with torch.no_grad():
+            forward(torch.randn(5, 4))
+        model.train()
+        model.blocks[0].eval()
+        forward(torch.randn(5, 4)).mean().backward()
+        optimizer.step()
+    watcher.close()
+    counts = [(r["Activations/blocks.0.fc"].count, r["Activations/blocks.1.fc"].count) for r in watcher.history]
+    assert counts == [(5 * 8, 5 * 8)] * 4
+    assert watcher.notices == ()
+
+
 def test_graph_follows_outputs_of_several_tensors(tmp_path: Path) -> None:
     """Inside the graph too, dictionaries and tuples have each tensor under its name."""
 
@@ -344,26 +366,30 @@ def stance() -> str:
     return name
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyError])
-def test_the_stance_is_restored_when_an_exception_leaves_the_model(error: type[Exception], tmp_path: Path) -> None:
+class Failing(Net):
+    """Raises at each call until it is mended."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.error: type[BaseException] | None = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.error is not None:
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, KeyboardInterrupt, SystemExit])
+def test_the_stance_is_restored_when_an_exception_leaves_the_model(error: type[BaseException], tmp_path: Path) -> None:
     """An exception in a sampled forward puts the stance back at once; the next forward is sampled all the same."""
-
-    class Failing(Net):
-        fails = True
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if self.fails:
-                raise error("deliberate")
-            return super().forward(x)
-
-    model = Failing()
+    model = Failing(error)
     compiled: Any = torch.compile(model, backend="eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     watcher = instrument.watch(compiled, interval=1, logdir=tmp_path, compiled="eager", strict=True)
     with pytest.raises(error):
         compiled(torch.randn(5, 4))
     assert stance() == "default"
-    model.fails = False
+    model.error = None
     compiled(torch.randn(5, 4)).mean().backward()
     optimizer.step()
     assert "Activations/blocks.0.fc" in watcher.history[-1]
@@ -372,17 +398,23 @@ def test_the_stance_is_restored_when_an_exception_leaves_the_model(error: type[E
 
 
 @pytest.mark.parametrize("how", ["compile", "function", "blocks"])
-def test_what_an_exception_takes_from_a_sampled_step_is_said(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_an_exception_takes_from_a_sampled_step_is_said(
+    error: type[BaseException], how: str, tmp_path: Path
+) -> None:
     """After an exception in a step that ran uncompiled, either its activations are there or a notice says they lack."""
     torch._dynamo.reset()
-    model = Net()
+    model = Failing(error)
+    model.error = None
     forward = compiled_as(how, model, "eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with instrument.watch(model, interval=2, logdir=tmp_path, compiled="eager", strict=True) as watcher:
         for step in range(5):
             if step == 2:
-                with pytest.raises(RuntimeError):
-                    forward(torch.randn(5, 3))
+                model.error = error
+                with pytest.raises(error):
+                    forward(torch.randn(5, 4))
+                model.error = None
                 assert stance() == "default"
             forward(torch.randn(5, 4)).mean().backward()
             optimizer.step()
@@ -395,35 +427,24 @@ def test_what_an_exception_takes_from_a_sampled_step_is_said(how: str, tmp_path:
     assert len(told) == (not is_whole)
 
 
-@pytest.mark.parametrize("how", ["compile", "function"])
-def test_an_interrupt_leaves_the_stance_until_the_step_is_over(how: str, tmp_path: Path) -> None:
-    """Torch tells no hook of Ctrl-C: the stance comes back with the end of the next step, or of the watch."""
-
-    class Interrupted(Net):
-        interrupts = False
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if self.interrupts:
-                raise KeyboardInterrupt
-            return super().forward(x)
-
-    for goes_on in (True, False):
+@pytest.mark.parametrize("how", ["compile", "function", "blocks"])
+def test_an_interrupt_that_is_held_keeps_the_stance_until_it_is_let_go(how: str, tmp_path: Path) -> None:
+    """Torch tells no hook of Ctrl-C: the stance comes back with the end of its traceback, or of the watch before it."""
+    for closes_first in (False, True):
         torch._dynamo.reset()
-        model = Interrupted()
-        step_function = compiled_as(how, model, "eager")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model = Failing(KeyboardInterrupt)
         watcher = instrument.watch(model, interval=2, logdir=tmp_path, compiled="eager", strict=True)
-        model.interrupts = True
-        with pytest.raises(KeyboardInterrupt):
-            step_function(torch.randn(5, 4))
-        model.interrupts = False
-        if goes_on:
-            step_function(torch.randn(5, 4)).mean().backward()
-            optimizer.step()
-            assert stance() == "default"
-            assert watcher.history[-1]["Activations/blocks.0.fc"].count == 5 * 8
+        try:
+            compiled_as(how, model, "eager")(torch.randn(5, 4))
+        except KeyboardInterrupt:
+            assert stance() == "force_eager"
+            if closes_first:
+                watcher.close()
+                assert stance() == "default"
+                torch.compiler.set_stance("eager_on_recompile")
+        assert stance() == ("eager_on_recompile" if closes_first else "default")
+        torch.compiler.set_stance("default")
         watcher.close()
-        assert stance() == "default"
 
 
 def test_closing_restores_the_stance(tmp_path: Path) -> None:

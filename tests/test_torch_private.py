@@ -37,6 +37,7 @@ FLATTEN = "torch._C._nn.flatten_dense_tensors"
 MEETING_STORE = "torch.distributed.distributed_c10d._get_default_store"
 STEP_WRAPPER = "torch.optim.Optimizer.profile_hook_step"
 SCALER_STEP = "torch.amp.GradScaler.step"
+MODULE_CALL = "torch.nn.Module._call_impl"
 COMPILED_CALL = FRAMES + "get_eval_frame_callback"
 ENGINE = "torch.autograd.Variable._execution_engine"
 VERSION = "torch.Tensor._version"
@@ -479,6 +480,34 @@ def without_hook_lists() -> None:
     without_nothing()
 
 
+def _stance_after_an_interrupt() -> str:
+    import instrument
+
+    class Interrupted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+    model = Interrupted(4, 4)
+    watcher = instrument.watch(model, interval=1, logdir="run", compiled="eager")
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(2, 4))
+    found: str = torch._dynamo.eval_frame._stance.stance
+    watcher.close()
+    return found
+
+
+def with_module_call() -> None:
+    """Ordinarily an interrupt in the model ends what a sampled step had changed."""
+    assert _stance_after_an_interrupt() == "default"
+
+
+def without_module_call() -> None:
+    """An interrupt passes unseen, and what it leaves uncompiled lasts until the watch is closed."""
+    assert _stance_after_an_interrupt() == "force_eager"
+    assert torch._dynamo.eval_frame._stance.stance == "default"  # the watch is closed
+    without_nothing()
+
+
 WITHOUT: list[tuple[Callable[[], None], list[str]]] = [
     (without_nothing, []),
     (without_graph_task, [GRAPH_TASK]),
@@ -498,6 +527,8 @@ WITHOUT: list[tuple[Callable[[], None], list[str]]] = [
     (without_scaler_step, [SCALER_STEP]),
     (without_compiled_call, [COMPILED_CALL]),
     (without_version, [VERSION]),
+    (with_module_call, []),
+    (without_module_call, [MODULE_CALL]),
     (with_engine, []),
     (without_engine, [ENGINE]),
     (without_the_method_of_the_writer, []),

@@ -114,10 +114,6 @@ class Collector:
         model = self._model()
         return list(model.parameters()) if model is not None else []
 
-    def device(self) -> torch.device:
-        """Where the first parameter of the model lies."""
-        return next((parameter.device for parameter in self.every_parameter()), torch.device("cpu"))
-
     def sees_capturing(self) -> bool:
         """Whether a CUDA graph is being captured, so that nothing is to be measured; that is said."""
         if not is_capturing():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -33,6 +34,7 @@ from instrument.torch_private import (
     in_compiled_call,
     never_compile_code,
     run_while_tracing,
+    when_call_ends,
 )
 
 __all__ = ["EagerStance", "GraphTaps"]
@@ -44,14 +46,18 @@ class EagerStance:
     def __init__(self) -> None:
         self._stance: contextlib.AbstractContextManager[Any] | None = None
         self._ends_with_root = False
+        self._calls = 0
+        self._thread = 0
         self.was_cut_short = False
         """Whether an exception ended it, so that what comes after runs compiled until it starts again."""
 
     def start(self) -> None:
         """Run uncompiled from now on; nothing happens where that is so, or inside a compiled call."""
+        self._calls += 1
         if self._stance is None and not in_compiled_call():
             self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
+            self._thread = threading.get_ident()
             self.was_cut_short = False
 
     def stop(self) -> None:
@@ -67,6 +73,16 @@ class EagerStance:
         self.start()
         # What is being called from a compiled function goes on as it began.
         self.was_cut_short = was_cut_short and not self._ends_with_root
+        number = self._calls
+        when_call_ends(lambda: self._root_is_left(number))
+
+    def _root_is_left(self, number: int) -> None:
+        """The frame of a call of the root is gone: an exception that torch tells no hook of has left it, if none ended.
+
+        The last that held its traceback may have been another thread, which has a stance of its own to run by.
+        """
+        if number == self._calls and self._thread == threading.get_ident():
+            self.root_ends(has_failed=True)
 
     def root_ends(self, has_failed: bool) -> None:
         """The root has returned, or an exception left it.
@@ -74,6 +90,7 @@ class EagerStance:
         An evaluation leaves the stance on: the training pass is yet to come, and a compiled function that sees the
         stance end while it runs takes itself for one that was never compiled, an error with ``fullgraph=True``.
         """
+        self._calls += 1
         if has_failed or self._ends_with_root:
             self._ends_with_root = False
             self.stop()
@@ -131,8 +148,11 @@ class _GraphTap(InertHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Called by torch when the module has returned, and traced by Dynamo."""
         is_recomputed = not torch.compiler.is_compiling() and in_backward()
+        # A part that is frozen in evaluation mode trains with the model around it.
+        root = self.switch.root()
+        is_training = module.training if root is None else root.training
         # The switch comes last: a graph for evaluation that had looked at it would be compiled twice.
-        if module.training and torch.is_grad_enabled() and not is_recomputed and self.switch.is_on:
+        if is_training and torch.is_grad_enabled() and not is_recomputed and self.switch.is_on:
             self._visit("", output)
 
     def _visit(self, path: str, output: Any) -> None:
@@ -182,18 +202,20 @@ class GraphTaps:
     """The hooks that stay on for `compiled="graph"`, and the switch that all graphs look at.
 
     Args:
+        model: The root, whose mode says whether a call of any of its parts trains; only a weak reference is kept.
         entries: The selected modules.
         wants: Whether a site is watched.
-        device: Where the model's parameters lie.
     """
 
-    def __init__(self, entries: Iterable[ModuleEntry], wants: Callable[[Site], bool], device: torch.device) -> None:
-        self.device = device if device.type == "cuda" else torch.device("cpu")
+    def __init__(self, model: nn.Module, entries: Iterable[ModuleEntry], wants: Callable[[Site], bool]) -> None:
+        devices = (parameter.device for parameter in model.parameters())
+        self.device = next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
         """Where accumulators lie: with the model on a GPU, where nothing waits for them."""
         never_compile_code(_GraphTap.__call__.__code__)  # where it runs outside of a graph; within one it is inlined
         self.is_on = False
         """Whether this step is sampled."""
         self.wants = wants
+        self.root = weakref.ref(model)
         self._taps: list[_GraphTap] = []
         self._handles: list[RemovableHandle] = []
         for entry in entries:

@@ -90,7 +90,7 @@ class Session:
         self.taps = MeteredTaps(meter, model, self, always_tell) if meter else Taps(model, self, always_tell)
         self._graph_taps: GraphTaps | None = None
         if config.compiled == "graph":
-            self._graph_taps = GraphTaps(self.collector.select(), self.collector.wants, self.collector.device())
+            self._graph_taps = GraphTaps(model, self.collector.select(), self.collector.wants)
 
     def open(self) -> None:
         """Begin to watch."""
