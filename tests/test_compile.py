@@ -273,7 +273,7 @@ def test_evaluation_between_steps_costs_no_graph_and_no_error(
 
 @pytest.mark.parametrize("how", ["compile", "blocks"])
 def test_graph_measures_parts_that_are_frozen_in_evaluation_mode(how: str, tmp_path: Path) -> None:
-    """A part in evaluation mode counts in training passes, and in no evaluation of the model, with gradients or without."""
+    """A part in evaluation mode counts in training passes, and in no evaluation of the model, even with gradients."""
     model = Net()
     watcher = instrument.watch(model, kinds=KINDS, interval=1, logdir=tmp_path, compiled="graph", strict=True)
     forward = compiled_as(how, model, "eager")
