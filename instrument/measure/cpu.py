@@ -23,13 +23,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from instrument.measure.narrow import MANY, NARROW, measure_patterns
 from instrument.measure.sketch import CODES, FloatArray, IntArray, Sketch, empty_moments
 from instrument.measure.tensors import Values, chunks
 
@@ -56,9 +57,6 @@ _WIDE = frozenset(
     if dtype is not None
 )
 """Types whose values do not all fit into float32: they are read as float64 first."""
-
-_NARROW = frozenset((torch.bfloat16, torch.float16))
-"""Types whose values are all float32 values."""
 
 _QUIET = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.uint8, torch.int8, torch.int16))
 """Types whose sums and casts cannot overflow, so that NumPy has nothing to warn of; silencing it takes 1.5 us."""
@@ -96,18 +94,23 @@ def measure_cpu(values: Values, sample_above: int = 0) -> Sketch:
     Args:
         values: The values, on the CPU.
         sample_above: Elements beyond which codes are counted of about as many alone; 0 means never. Up to `SMALL`
-            elements it would save nothing.
+            elements, and where patterns are counted, it would save nothing.
 
     Returns:
         The sketch.
     """
-    if sample_above and values.tensor.numel() > max(sample_above, SMALL):
+    if sample_above and values.tensor.numel() > max(sample_above, SMALL) and not _has_patterns(values.tensor):
         return _measure_sampled(values, _stride(values.tensor, sample_above))
     if values.repeat == 1 and not values.implied_zeros and 0 < values.tensor.numel() <= BLOCK:
         return Sketch.from_dense(*_measure_block(values.tensor))
     codes, moments = np.zeros(CODES, np.int64), empty_moments()
     accumulate_cpu(values, codes, moments)
     return Sketch.from_dense(codes, moments.tolist())
+
+
+def _has_patterns(tensor: torch.Tensor) -> bool:
+    """Whether counting bit patterns is the cheapest way."""
+    return tensor.dtype in NARROW and tensor.numel() > MANY
 
 
 def _stride(tensor: torch.Tensor, sample_above: int) -> int:
@@ -134,8 +137,7 @@ def accumulate_cpu(values: Values, codes: IntArray, moments: FloatArray, stride:
         stride: Every how many elements codes are counted, as if the others were spread alike; zeros, NaN, Inf and
             moments are of all.
     """
-    for piece in chunks(values.tensor, BLOCK):
-        counts, found, _ = _measure_block(piece, stride)
+    for counts, found in _pieces(values.tensor, stride):
         if values.repeat != 1:
             counts *= values.repeat
             found = [values.repeat * number for number in found[:3]] + found[3:]
@@ -143,6 +145,15 @@ def accumulate_cpu(values: Values, codes: IntArray, moments: FloatArray, stride:
     if values.implied_zeros:
         codes[0] += values.implied_zeros
         _combine(0, [values.implied_zeros, 0.0, 0.0, 0.0, 0.0], codes, moments)
+
+
+def _pieces(tensor: torch.Tensor, stride: int) -> Iterator[tuple[IntArray, list[float]]]:
+    """Counts and moments of each piece of a tensor."""
+    if stride == 1 and _has_patterns(tensor):
+        yield measure_patterns(tensor)
+        return
+    for piece in chunks(tensor, BLOCK):
+        yield _measure_block(piece, stride)[:2]
 
 
 def _combine(counts: IntArray | int, found: list[float], codes: IntArray, moments: FloatArray) -> None:
@@ -220,7 +231,7 @@ def _as_floats(piece: torch.Tensor) -> tuple[_Float32Array, _Float32Array | Floa
         single = piece.numpy().reshape(-1)
         return single, single
     size = piece.numel()
-    if size <= SMALL and piece.dtype in _NARROW:  # 3 us less than copying into scratch
+    if size <= SMALL and piece.dtype in NARROW:  # 3 us less than copying into scratch
         single = piece.float().numpy().reshape(-1)
         return single, single
     single = _scratch.float32_array[:size]

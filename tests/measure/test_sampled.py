@@ -12,6 +12,7 @@ from torch import nn
 
 import instrument
 from instrument.measure.custom_op import measure
+from instrument.measure.narrow import MANY
 from instrument.measure.sketch import merge_all
 
 EXACT = ("count", "low", "high", "zero_count", "nan_count", "inf_count", "total", "total_squares")
@@ -59,6 +60,15 @@ def test_columns_are_not_visited_alike() -> None:
     """A matrix whose columns differ is sampled in all of them, though the step would divide its rows."""
     values = torch.arange(100.0).expand(4000, 100).contiguous()
     assert measure(values, 10_000).quantile(0.5) == pytest.approx(49.5, abs=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_tensors_of_sixteen_bits_are_never_sampled(dtype: torch.dtype) -> None:
+    """Where counting all takes no more than counting some, the sketch is that of all."""
+    values = torch.randn(MANY + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert measure(values[1:], 10_000).histogram_share < 0.02
+    assert measure(values, 10_000) == measure(values)
+    assert measure(values, 10_000).histogram_share == 1
 
 
 def test_small_tensors_are_never_sampled() -> None:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from instrument.errors import InstrumentError, UnmeasurableError
 from instrument.measure.custom_op import measure
+from instrument.measure.narrow import MANY
 from instrument.measure.sketch import CODES, Sketch
 
 from .twin import assert_measures
@@ -55,6 +56,30 @@ def test_bool_counts_true_as_one() -> None:
     """A mask measures as zeros and ones."""
     sketch = measure(torch.tensor([True, False, False, False]))
     assert (sketch.mean, sketch.zero_fraction) == (0.25, 0.75)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", ["all", "finite", "NaN alone", "tiny"])
+def test_large_tensors_of_every_pattern_of_sixteen_bits(dtype: torch.dtype, which: str) -> None:
+    """Of each bit pattern so many: the codes of the way through float32, and the statistics of float64."""
+    patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    chosen = {
+        "all": patterns,
+        "finite": patterns[patterns.isfinite()],
+        "NaN alone": patterns[patterns.isnan()],
+        "tiny": patterns[patterns.float().abs() < (1e-39 if dtype is torch.bfloat16 else 1e-6)],
+    }[which]
+    generator = torch.Generator().manual_seed(0)
+    values = chosen[torch.randint(0, chosen.numel(), (4, 140_003), generator=generator)]
+    assert values.numel() > MANY  # beyond it there is another way
+    sketch = measure(values)
+    assert_measures(sketch, values.double().numpy())
+    as_float32 = measure(values.float())
+    assert sketch.codes.tolist() == as_float32.codes.tolist()
+    assert sketch.counts.tolist() == as_float32.counts.tolist()
+    assert measure(values.t()) == sketch
+    assert measure(values[:, 1:]) == measure(values[:, 1:].contiguous())
+    assert measure(values.expand(3, 4, 140_003)).counts.tolist() == (3 * sketch.counts).tolist()
 
 
 def test_tiny_bfloat16_is_not_zero() -> None:

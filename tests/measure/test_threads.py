@@ -12,7 +12,7 @@ import torch
 from instrument import Sketch, measure
 from instrument.measure.cpu import BLOCK
 
-SIZE = 3 * BLOCK + 17
+SIZE = 4 * BLOCK + 17
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,91 @@
+"""Large tensors of 16-bit floating point: how often each of the 65,536 bit patterns occurs says everything.
+
+Counting patterns takes one conversion and one `numpy.bincount`, on the calling thread alone, and the values are
+looked at once in the end, each pattern once. On one core 10 million bfloat16 take 1.3 ns an element in this way where
+the way through float32 takes 2.0; 800,000 take 1.8 and 2.1, and 400,000 as much in both ways, since the counts fill
+half a megabyte. Sums are closer than element by element: products of counts and values are exact.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from instrument.measure.histogram import CODES, INF_CODE, SIGN, FloatArray, IntArray
+from instrument.measure.tensors import chunks
+
+__all__ = ["MANY", "NARROW", "measure_patterns"]
+
+NARROW = frozenset((torch.bfloat16, torch.float16))
+"""Types of 16 bits, whose values are all float32 values."""
+
+MANY = 524_288
+"""Elements beyond which patterns are counted: from here on it takes less than the way through float32."""
+
+BLOCK = 262_144
+"""Elements that are counted at once; with half as many the counts of all patterns are added up twice as often."""
+
+PATTERNS = 65_536
+
+_Codes: TypeAlias = "npt.NDArray[np.uint16]"
+
+
+class _Meaning(NamedTuple):
+    """What each pattern stands for."""
+
+    values: FloatArray
+    """Float64 of shape (65536,), with NaN and Inf."""
+
+    codes: _Codes
+    """The code of each, by the rules of the sketch, of shape (65536,)."""
+
+    is_finite: npt.NDArray[np.bool_]
+    """Whether it counts towards the moments, of shape (65536,)."""
+
+
+@functools.cache
+def _meaning(dtype: torch.dtype) -> _Meaning:
+    patterns = torch.from_numpy(np.arange(PATTERNS, dtype=np.uint16).view(np.int16))
+    single = patterns.view(dtype).float().numpy()
+    with np.errstate(invalid="ignore"):  # signalling NaN are told of where they are cast
+        values = single.astype(np.float64)
+    is_finite, is_nan = np.isfinite(single), np.isnan(single)
+    codes = (single.view(np.uint32) >> np.uint32(20)).astype(np.uint16)
+    codes[is_nan] = INF_CODE + 4  # any NaN, of whatever sign and payload, counts in one code
+    codes[((codes & (SIGN - 1)) == 0) & (single != 0)] += 1  # codes 0 and 2048 hold zeros alone
+    return _Meaning(values, codes, is_finite)
+
+
+def measure_patterns(tensor: torch.Tensor) -> tuple[IntArray, list[float]]:
+    """Measure a large tensor of a type of 16 bits, without waking torch's threads; call it under `Unseen`.
+
+    Args:
+        tensor: Strided, on the CPU, of a type in `NARROW`, and of any shape.
+
+    Returns:
+        Counts of codes, int64 of shape (4096,), and moments: count, sum, sum of squares, minimum, maximum.
+    """
+    meaning = _meaning(tensor.dtype)
+    counts = np.zeros(PATTERNS, np.int64)
+    room = np.empty(BLOCK, np.int64)
+    for piece in chunks(tensor.view(torch.int16), BLOCK):
+        patterns = piece.numpy().view(np.uint16)
+        numbers = room[: patterns.size]
+        np.copyto(numbers.reshape(patterns.shape), patterns)
+        counts += np.bincount(numbers, minlength=PATTERNS)
+    present = counts.nonzero()[0]
+    often = counts[present]
+    # Sums of whole numbers in float64 are exact up to 2**53.
+    codes = np.bincount(meaning.codes[present], weights=often, minlength=CODES).astype(np.int64)
+    is_finite = meaning.is_finite[present]
+    values, often = meaning.values[present][is_finite], often[is_finite]
+    if not values.size:
+        return codes, [0.0, 0.0, 0.0, np.inf, -np.inf]
+    sums = values * often
+    return codes, [
+        float(often.sum()), float(sums.sum()), float((sums * values).sum()), float(values.min()), float(values.max()),
+    ]  # fmt: skip
