@@ -293,6 +293,21 @@ def test_graph_measures_parts_that_are_frozen_in_evaluation_mode(how: str, tmp_p
     assert watcher.notices == ()
 
 
+def test_graph_of_a_model_that_trains_in_evaluation_mode_says_why_it_is_empty(tmp_path: Path) -> None:
+    """Inside a graph the mode alone tells a training from an evaluation: what lacks then is said, with the cause."""
+    model = Net().eval()
+    watcher = instrument.watch(model, interval=1, logdir=tmp_path, compiled="graph", strict=True)
+    forward = compiled_as("compile", model, "eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for _ in range(2):
+        forward(torch.randn(5, 4)).mean().backward()
+        optimizer.step()
+    watcher.close()
+    assert names(watcher.history[-1], "Activations") == set()
+    assert names(watcher.history[-1], "Gradients") == {name for name, _ in model.named_parameters()}
+    assert 'with compiled="graph" a model in evaluation mode does' in watcher.notices[0]
+
+
 def test_graph_follows_outputs_of_several_tensors(tmp_path: Path) -> None:
     """Inside the graph too, dictionaries and tuples have each tensor under its name."""
 

@@ -61,7 +61,8 @@ class Notices:
             self.say(
                 f"never called in the first sampled step, so without activations: {listed}; a parent that uses their "
                 "weights itself, model.forward() instead of model(), the fused path of a frozen "
-                "nn.TransformerEncoderLayer, or a function that was compiled before the watch began passes them by"
+                "nn.TransformerEncoderLayer, or a function that was compiled before the watch began passes them by, "
+                'and with compiled="graph" a model in evaluation mode does'
             )
 
     def inside_graph(self, names: Iterable[str]) -> None:
