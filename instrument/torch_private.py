@@ -213,6 +213,13 @@ def called_from_compiled_function() -> bool:
     return False
 
 
+def _frame_of(code: types.CodeType | None, frame: types.FrameType | None) -> types.FrameType | None:
+    """The innermost frame from this one outwards that runs a code; None where there is none, or no such code."""
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
+
+
 class _Farewell:
     """Calls a function when the last that holds it is gone."""
 
@@ -232,9 +239,7 @@ def when_call_ends(function: Callable[[], None]) -> bool:
     Torch tells hooks of the exceptions below `Exception` alone, so Ctrl-C passes them by. What the frame of the call
     holds goes with it, however the call ends; where an exception ended it, once nobody holds its traceback.
     """
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _CALL_CODE:
-        frame = frame.f_back
+    frame = _frame_of(_CALL_CODE, sys._getframe(1))
     held = frame.f_locals.get("called_always_called_hooks") if frame is not None else None
     if not isinstance(held, set):
         return False
@@ -262,13 +267,6 @@ _STEP_CODE = _step_wrapper_code()
 """Code of the function that stands for `step` in every optimizer class and calls the hooks."""
 
 
-def _step_frame(frame: types.FrameType | None) -> types.FrameType | None:
-    """The innermost frame from this one outwards in which an optimizer's `step` runs."""
-    while frame is not None and frame.f_code is not _STEP_CODE:
-        frame = frame.f_back
-    return frame
-
-
 def calling_scale() -> torch.Tensor | None:
     """The scale of the `GradScaler` whose `step` is calling this optimizer hook, of shape (); None without one.
 
@@ -292,8 +290,8 @@ _SCALER_DISTANCE = 16
 
 def runs_within_another_step() -> bool:
     """Whether the optimizer's `step()` that is calling this hook was called by that of an optimizer itself."""
-    inner = _step_frame(sys._getframe(1))
-    return inner is not None and _step_frame(inner.f_back) is not None
+    inner = _frame_of(_STEP_CODE, sys._getframe(1))
+    return inner is not None and _frame_of(_STEP_CODE, inner.f_back) is not None
 
 
 def flat_parameters(model: torch.nn.Module) -> dict[int, tuple[bool | None, bool, bool, int]]:

@@ -407,7 +407,7 @@ def test_the_stance_is_restored_when_an_exception_leaves_the_model(error: type[B
     model.error = None
     compiled(torch.randn(5, 4)).mean().backward()
     optimizer.step()
-    assert "Activations/blocks.0.fc" in watcher.history[-1]
+    assert watcher.history[-1]["Activations/blocks.0.fc"].count == 5 * 8
     watcher.close()
     assert stance() == "default"
 

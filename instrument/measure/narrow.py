@@ -9,13 +9,14 @@ half a megabyte. Sums are closer than element by element: products of counts and
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from instrument.measure.histogram import CODES, INF_CODE, SIGN, FloatArray, IntArray
+from instrument.measure.histogram import INF_CODE, SIGN
+from instrument.measure.sketch import CODES, FloatArray, IntArray, empty_moments
 from instrument.measure.tensors import chunks
 
 __all__ = ["MANY", "NARROW", "measure_patterns"]
@@ -31,8 +32,6 @@ BLOCK = 262_144
 
 PATTERNS = 65_536
 
-_Codes: TypeAlias = "npt.NDArray[np.uint16]"
-
 
 class _Meaning(NamedTuple):
     """What each pattern stands for."""
@@ -40,7 +39,7 @@ class _Meaning(NamedTuple):
     values: FloatArray
     """Float64 of shape (65536,), with NaN and Inf."""
 
-    codes: _Codes
+    codes: npt.NDArray[np.uint16]
     """The code of each, by the rules of the sketch, of shape (65536,)."""
 
     is_finite: npt.NDArray[np.bool_]
@@ -84,7 +83,7 @@ def measure_patterns(tensor: torch.Tensor) -> tuple[IntArray, list[float]]:
     is_finite = meaning.is_finite[present]
     values, often = meaning.values[present][is_finite], often[is_finite]
     if not values.size:
-        return codes, [0.0, 0.0, 0.0, np.inf, -np.inf]
+        return codes, empty_moments().tolist()
     sums = values * often
     return codes, [
         float(often.sum()), float(sums.sum()), float((sums * values).sum()), float(values.min()), float(values.max()),

@@ -208,8 +208,8 @@ class GraphTaps:
     """
 
     def __init__(self, model: nn.Module, entries: Iterable[ModuleEntry], wants: Callable[[Site], bool]) -> None:
-        devices = (parameter.device for parameter in model.parameters())
-        self.device = next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
+        first = next(model.parameters(), None)
+        self.device = first.device if first is not None and first.device.type == "cuda" else torch.device("cpu")
         """Where accumulators lie: with the model on a GPU, where nothing waits for them."""
         never_compile_code(_GraphTap.__call__.__code__)  # where it runs outside of a graph; within one it is inlined
         self.is_on = False
