@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from instrument.measure.histogram import pure_codes
 from instrument.measure.narrow import MANY, NARROW, measure_patterns
 from instrument.measure.sketch import CODES, FloatArray, IntArray, Sketch, empty_moments
 from instrument.measure.tensors import Values, chunks
@@ -296,9 +297,7 @@ def measure_exactly(exact: _Float32Array | FloatArray) -> _Measured:
         values = exact.astype(np.float64)
         finite = values[np.isfinite(values)]
         single = np.clip(finite, -_FLOAT32_MAX, _FLOAT32_MAX).astype(np.float32)
-        codes = (single.view(np.uint32) >> _CODE_SHIFT).astype(np.int64)
-        codes[((codes & 0x7FF) == 0) & (finite != 0)] += 1
-        counts = np.bincount(codes, minlength=CODES)
+        counts = np.bincount(pure_codes(single, finite), minlength=CODES)
         counts[_NAN_CODE] += np.count_nonzero(np.isnan(values))
         counts[_POSITIVE_INF_CODE] += np.count_nonzero(values == math.inf)
         counts[_NEGATIVE_INF_CODE] += np.count_nonzero(values == -math.inf)

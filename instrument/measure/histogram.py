@@ -7,7 +7,7 @@ the rounded cumulative count at their edges, so that they are whole and sum to t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ __all__ = [
     "divided",
     "histograms",
     "log10_histograms",
+    "pure_codes",
 ]
 
 CODES = 4096
@@ -237,6 +238,21 @@ def divided(codes: npt.NDArray[np.uint16], counts: IntArray, scale: float) -> tu
     np.add.at(dense, above + sign, amount - lower)
     present = dense.nonzero()[0]
     return present.astype(np.uint16), dense[present]
+
+
+def pure_codes(single: npt.NDArray[np.float32], exact: npt.NDArray[Any]) -> IntArray:
+    """Codes with sign, of which 0 and 2048 are those of zeros alone.
+
+    Args:
+        single: The values as float32, of shape (n,).
+        exact: The values themselves, of shape (n,), which may be too small for float32 and yet not zero.
+
+    Returns:
+        Int64 of shape (n,).
+    """
+    codes: IntArray = (single.view(np.uint32) >> np.uint32(20)).astype(np.int64)
+    codes[((codes & (SIGN - 1)) == 0) & (exact != 0)] += 1
+    return codes
 
 
 def _code_of(magnitudes: FloatArray) -> npt.NDArray[np.intp]:

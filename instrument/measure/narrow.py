@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from instrument.measure.histogram import INF_CODE, SIGN
+from instrument.measure.histogram import INF_CODE, pure_codes
 from instrument.measure.sketch import CODES, FloatArray, IntArray, empty_moments
 from instrument.measure.tensors import chunks
 
@@ -53,9 +53,8 @@ def _meaning(dtype: torch.dtype) -> _Meaning:
     with np.errstate(invalid="ignore"):  # signalling NaN are told of where they are cast
         values = single.astype(np.float64)
     is_finite, is_nan = np.isfinite(single), np.isnan(single)
-    codes = (single.view(np.uint32) >> np.uint32(20)).astype(np.uint16)
+    codes = pure_codes(single, single).astype(np.uint16)
     codes[is_nan] = INF_CODE + 4  # any NaN, of whatever sign and payload, counts in one code
-    codes[((codes & (SIGN - 1)) == 0) & (single != 0)] += 1  # codes 0 and 2048 hold zeros alone
     return _Meaning(values, codes, is_finite)
 
 
