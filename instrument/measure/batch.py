@@ -11,7 +11,7 @@ What shaped it, measured on one core with torch 2.13 and NumPy 2.4:
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch
 from instrument.errors import InstrumentError
 from instrument.measure.cpu import BLOCK, copy_flat
 from instrument.measure.custom_op import measure
-from instrument.measure.device import Devices, edge_for
+from instrument.measure.device import FLOATS, Devices, edge_for
 from instrument.measure.pending import Pending
 from instrument.measure.segments import sketches_of
 from instrument.measure.sketch import Sketch
@@ -34,15 +34,18 @@ SMALL = 8192
 _TYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 """Types whose values are exactly those of a float32."""
 
-_NOT_LAUNCHED = InstrumentError("a small tensor on a device has not been measured")
-"""Keeps the place of a small tensor on a device until the launch that it waits for."""
+_NOT_LAUNCHED = InstrumentError("a tensor on a device has not been measured")
+"""Keeps the place of a tensor on a device until the launch that it waits for."""
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 GROUP = 1024
 """Tensors in a group, at most: each has counts of its own."""
 
-_MOST_TOGETHER = 64
-"""Small tensors on a GPU that one launch measures; their rows are as many."""
+_MOST_TOGETHER = 1024
+"""Tensors on a GPU that one launch measures; their rows of accumulators are 34 MB."""
+
+_MOST_ELEMENTS = 1 << 25
+"""Elements of them: what is made for us alone, as a gradient divided by its scale is, is held until the launch."""
 
 
 def measure_many(tensors: Iterable[torch.Tensor]) -> list[Sketch | Exception]:
@@ -91,7 +94,7 @@ def measure_later(
     found: list[Sketch | Pending | Exception] = []
     groups: dict[torch.dtype, _Group] = {}
     devices = devices if devices is not None else Devices()
-    waiting: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
+    waiting: dict[tuple[torch.device, torch.dtype], _Waiting] = {}
     with Unseen():
         for tensor in tensors:
             try:
@@ -102,49 +105,70 @@ def measure_later(
                             group.copy()
                         group = groups[tensor.dtype] = _Group()
                     found.append(group.add(tensor))
-                elif _is_small_on_device(tensor):
-                    together = waiting.setdefault((tensor.device, tensor.dtype), [])
-                    together.append((len(found), tensor))
+                elif _is_launched_with_others(tensor):
+                    together = waiting.setdefault((tensor.device, tensor.dtype), _Waiting())
+                    together.add(len(found), tensor)
                     found.append(_NOT_LAUNCHED)
-                    if len(together) == _MOST_TOGETHER:
-                        _launch(together, devices, found)
+                    if together.is_full:
+                        together.launch(devices, found)
                 else:
                     found.append(_measure_large(tensor, sample_above, devices))
             except Exception as error:
                 found.append(error)
         for together in waiting.values():
-            _launch(together, devices, found)
+            together.launch(devices, found)
         for group in groups.values():
             group.copy()
     return found
 
 
-def _is_small_on_device(tensor: torch.Tensor) -> bool:
+def _is_launched_with_others(tensor: torch.Tensor) -> bool:
     """Whether a tensor on a GPU is measured by one launch together with others."""
     return (
         type(tensor) in _PLAIN
-        and tensor.dtype in _TYPES
-        and tensor.layout is torch.strided
-        and 0 < tensor.numel() <= SMALL
-        and can_hide()
         and edge_for(tensor.device) is not None
+        and tensor.dtype in FLOATS
+        and tensor.layout is torch.strided
+        and tensor.numel() > 0
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and tensor.data_ptr() != 0  # its storage is freed
+        and can_hide()
     )
 
 
-def _launch(
-    together: list[tuple[int, torch.Tensor]], devices: Devices, found: list[Sketch | Pending | Exception]
-) -> None:
-    """Measure small tensors of one device and type, and put what will give their sketches into their places."""
-    if not together:
-        return
-    try:
-        sketches = devices.add_small([tensor for _, tensor in together])
-        for (place, _), sketch in zip(together, sketches, strict=True):
+class _Waiting:
+    """Tensors of one device and type that wait for the launch that measures them all."""
+
+    __slots__ = ("_elements", "_places", "_tensors")
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+        self._places: list[int] = []
+        self._elements = 0
+
+    def add(self, place: int, tensor: torch.Tensor) -> None:
+        """Take a tensor in, and the place where what will give its sketch belongs."""
+        self._tensors.append(tensor)
+        self._places.append(place)
+        self._elements += tensor.numel()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to launch."""
+        return len(self._tensors) >= _MOST_TOGETHER or self._elements >= _MOST_ELEMENTS
+
+    def launch(self, devices: Devices, found: list[Sketch | Pending | Exception]) -> None:
+        """Measure what waits, and put what will give the sketches into their places."""
+        if not self._tensors:
+            return
+        try:
+            sketches: Sequence[Pending | Exception] = devices.add_many(self._tensors)
+        except Exception as error:
+            sketches = [error] * len(self._tensors)
+        for place, sketch in zip(self._places, sketches, strict=True):
             found[place] = sketch
-    except Exception as error:
-        for place, _ in together:
-            found[place] = error
-    together.clear()
+        self._tensors, self._places, self._elements = [], [], 0
 
 
 def _measure_large(tensor: torch.Tensor, sample_above: int, devices: Devices) -> Sketch | Pending:

@@ -20,7 +20,7 @@ from instrument.measure.cpu import BLOCK, count_numbers, measure_exactly
 from instrument.measure.histogram import CODES, SIGN
 from instrument.measure.sketch import IntArray, Sketch
 
-__all__ = ["sketches_of"]
+__all__ = ["made_sketch", "sketches_of"]
 
 _CODE_SHIFT = np.uint32(20)
 
@@ -74,7 +74,7 @@ def sketches_of(flat: npt.NDArray[np.float32], lengths: IntArray) -> list[Sketch
     moments = zip(*(array.tolist() for array in (totals, squares, low, high, lengths, zeros)), strict=True)
     parts = itertools.pairwise(cuts.tolist())
     sketches = [
-        _finite_sketch(occurring[start:end], counts[start:end], of_one)
+        made_sketch(occurring[start:end], counts[start:end], *of_one)
         for (start, end), of_one in zip(parts, moments, strict=True)
     ]
     for index in is_rare.nonzero()[0].tolist():
@@ -82,11 +82,19 @@ def sketches_of(flat: npt.NDArray[np.float32], lengths: IntArray) -> list[Sketch
     return sketches
 
 
-def _finite_sketch(
-    codes: npt.NDArray[np.uint16], counts: IntArray, moments: tuple[float, float, float, float, int, int]
+def made_sketch(
+    codes: npt.NDArray[np.uint16],
+    counts: IntArray,
+    total: float,
+    total_squares: float,
+    low: float,
+    high: float,
+    count: int,
+    zero_count: int,
+    nan_count: int = 0,
+    inf_count: int = 0,
 ) -> Sketch:
-    """A sketch without NaN and Inf; a frozen dataclass itself sets its fields by one slow call each."""
-    total, total_squares, low, high, count, zero_count = moments
+    """A sketch of these fields; a frozen dataclass itself sets its fields by one slow call each."""
     sketch = object.__new__(Sketch)
     sketch.__dict__.update(
         codes=codes,
@@ -97,8 +105,8 @@ def _finite_sketch(
         high=high,
         count=count,
         zero_count=zero_count,
-        nan_count=0,
-        inf_count=0,
+        nan_count=nan_count,
+        inf_count=inf_count,
         histogram_share=1.0,
     )
     return sketch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from instrument.measure.custom_op import measure
 from instrument.measure.device import CapturingError, DeviceBatch, Devices, DeviceSketch, accumulate
 from instrument.measure.device import batch as batches
+from instrument.measure.histogram import IntArray
 from instrument.measure.pending import Divided
 from instrument.measure.sketch import CODES, Sketch, empty_moments
 from instrument.measure.tensors import Values, readable
@@ -44,13 +44,13 @@ class Queue:
     def query(self) -> bool:
         return all(torch.equal(host, tensor) for host, tensor in self.copies)
 
-    def to_host(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def to_host(self, tensor: torch.Tensor, made: Any) -> tuple[torch.Tensor, Any]:
         host = torch.full_like(tensor, -1)
         self.copies.append((host, tensor.clone()))
         return host, self
 
-    def to_device(self, numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-        return torch.tensor(numbers, device=device)
+    def to_device(self, numbers: IntArray, device: torch.device) -> torch.Tensor:
+        return torch.from_numpy(numbers).to(device)
 
     def synchronize(self) -> None:
         self.waits.append(threading.current_thread().name)
@@ -145,14 +145,14 @@ def test_values_are_those_when_the_tensor_was_given() -> None:
     assert later.sketch().mean == 1.0
 
 
-def test_small_tensors_together_are_those_one_by_one() -> None:
-    """Several small tensors, more than a block of rows has left, each get a sketch of their own."""
+def test_tensors_together_are_those_one_by_one() -> None:
+    """Several tensors, given at one time between others that come alone, each get a sketch of their own."""
     rows, _ = batch()
     generator = torch.Generator().manual_seed(2)
     tensors = [torch.randn(1 + size, generator=generator) for size in range(40)]
     with Unseen():
-        later = rows.add_small(tensors) + rows.add_small(tensors)
-    for sketch, tensor in zip(later, tensors + tensors, strict=True):
+        later = rows.add_many(tensors) + [rows.add(readable(tensors[0]))] + rows.add_many(tensors)
+    for sketch, tensor in zip(later, [*tensors, tensors[0], *tensors], strict=True):
         assert_same(sketch.sketch(), measure(tensor))
 
 
@@ -175,7 +175,7 @@ def test_no_stream_writes_to_the_rows_of_another(monkeypatch: pytest.MonkeyPatch
         queue.current = "side" if number % 3 == 0 else "first"
         with Unseen():
             later.append(devices.add(readable(tensor)))
-    assert len(writers) >= 4  # blocks of 64 rows
+    assert len(writers) >= 4  # blocks of 32 rows
     assert all(len(streams) == 1 for streams in writers.values())
     queue.current = "third"
     devices.send()
@@ -190,7 +190,7 @@ def test_nothing_is_measured_while_a_graph_is_captured() -> None:
     queue.capturing = True
     with pytest.raises(CapturingError, match="a CUDA graph is being captured"):
         add(rows, torch.ones(3))
-    assert rows.rows == []
+    assert rows.blocks == []
 
 
 def test_accumulators_are_added_to() -> None:

@@ -29,7 +29,7 @@ warnings.simplefilter("ignore")
 cpu = torch.device("cpu")
 assert kernel_for(cpu).__name__ == "instrument.measure.device.kernel"
 launches = []
-for name in ("accumulate_values", "accumulate_segments"):
+for name in ("accumulate_values", "accumulate_runs"):
     original = getattr(kernel_for(cpu), name)
     def counted(*args, original=original, name=name):
         launches.append(name)
@@ -42,19 +42,25 @@ for dtype in TYPES:
     decades = torch.logspace(-30, 30, 9000, dtype=torch.float64)
     spread = torch.randn(9000, generator=generator, dtype=torch.float64) * decades
     patterns = torch.randint(-(2**31), 2**31 - 1, (5000,), generator=generator, dtype=torch.int32).view(torch.float32)
-    cases = [spread, torch.tensor(SPECIAL, dtype=torch.float64), patterns.double(), torch.zeros(1), torch.empty(0)]
+    special = torch.tensor(SPECIAL, dtype=torch.float64)
+    cases = [spread, special, patterns.double(), torch.zeros(1), torch.empty(0), spread[:4500].repeat(8)]
+    # One value that is not plain among whole blocks of those that are.
+    cases += [torch.cat((torch.linspace(-3, 3, 9000, dtype=torch.float64), special[n : n + 1])).roll(77) for n in range(11)]
     for values in cases:
         tensor = values.to(dtype)
         with Unseen():
             later = DeviceBatch(cpu, Queue()).add(readable(tensor))
         assert_same(later.sketch(), measure(tensor))
         checked += 1
+    # Of several runs each, begun where 16 bytes do not divide the address, and behind whole blocks a part of one.
+    long = spread[:4500].repeat(8).to(dtype)
     small = [spread[start : start + 1 + 37 * start % 1500].to(dtype) for start in range(0, 700, 23)]
+    small += [long, long[3:], long[:33_000], torch.ones(4096).to(dtype), torch.zeros(4097).to(dtype)]
     batch = DeviceBatch(cpu, Queue())
     before = len(launches)
     with Unseen():
-        together = batch.add_small(small)
-    assert launches[before:] == ["accumulate_segments"]
+        together = batch.add_many(small)
+    assert launches[before:] == ["accumulate_runs"] * 2
     for later, tensor in zip(together, small, strict=True):
         assert_same(later.sketch(), measure(tensor))
         checked += 1
@@ -76,5 +82,5 @@ def test_the_kernels_give_the_codes_of_the_cpu_engine() -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     counted = json.loads(result.stdout)
-    assert counted["checked"] == 4 * (5 + 31) + 4
-    assert counted["launches"] >= 4 * 5
+    assert counted["checked"] == 4 * (17 + 36) + 4
+    assert counted["launches"] >= 4 * 17

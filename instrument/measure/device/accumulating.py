@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -9,19 +10,17 @@ from typing import Any
 
 import torch
 
+from instrument.measure.device.rows import NEW_MOMENTS
 from instrument.measure.histogram import CODES, SIGN
 from instrument.measure.tensors import Values, chunks
 
-__all__ = ["FLOATS", "NEW_MOMENTS", "accumulate", "kernel_for", "on"]
+__all__ = ["FLOATS", "accumulate", "kernel_for", "on"]
 
 _PIECE = 1 << 22
 """Elements that are worked on at once without Triton, where float64 copies of them are made."""
 
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 """Types that the kernels read."""
-
-NEW_MOMENTS = (0.0, 0.0, 0.0, float("inf"), float("-inf"))
-"""Moments of nothing."""
 
 _LARGEST = torch.finfo(torch.float32).max
 _NAN_CODE = 0x7FC
@@ -86,11 +85,11 @@ def _accumulate_plainly(values: torch.Tensor, codes: torch.Tensor, moments: torc
 def kernel_for(device: torch.device) -> Any:
     """The module with the Triton kernels, or None where Triton does not serve a device."""
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own way to run kernels on the CPU, for tests
-    return _importedkernel_for() if device.type == "cuda" or is_interpreted else None
+    return _imported_kernel() if device.type == "cuda" or is_interpreted else None
 
 
 @functools.cache
-def _importedkernel_for() -> Any:
+def _imported_kernel() -> Any:
     if importlib.util.find_spec("triton") is None:
         return None
     from instrument.measure.device import kernel
@@ -100,4 +99,6 @@ def _importedkernel_for() -> Any:
 
 def on(device: torch.device) -> Any:
     """Context in which kernels are launched on a device."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

@@ -7,7 +7,7 @@ a sketch, which is the writer's thread, waits for that event. The training threa
 | | with Triton | without |
 | --- | --- | --- |
 | codes and moments | one kernel that reads each value once | a dozen operations of torch; not `bincount`, which waits |
-| many small tensors | one launch for all of them | one tensor after the other |
+| tensors that come together | one launch for all of them | one tensor after the other |
 
 A row is 33 kB, so a batch of many rows is sent before the step ends: what has arrived is merged on the host, and
 micro-batches do not pile up on the device. Each stream has rows of its own: a block that one had set to zero, another
@@ -17,7 +17,6 @@ rows that are gone.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -25,19 +24,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from instrument.measure.device.accumulating import FLOATS, NEW_MOMENTS, accumulate, kernel_for, on
+from instrument.measure.device.accumulating import accumulate, kernel_for, on
 from instrument.measure.device.edge import CapturingError, Done, Edge, edge_for
+from instrument.measure.device.rows import NEW_MOMENTS, WIDTH, moments_of, sketches_of_rows
 from instrument.measure.histogram import CODES
-from instrument.measure.sketch import MOMENTS, Sketch, empty_moments
+from instrument.measure.sketch import Sketch
 from instrument.measure.tensors import Values
 from instrument.torch_private import Unseen
 
-__all__ = ["WIDTH", "DeviceBatch", "DeviceSketch", "Devices", "sketch_of"]
+__all__ = ["DeviceBatch", "DeviceSketch", "Devices"]
 
-WIDTH = CODES + 8
-"""Columns of a row of accumulators: codes, moments in the bits of float64, and room to keep rows aligned."""
+_ROWS = 32
+"""Rows of a block for tensors that come one by one."""
 
-_ROWS = 64
+_MADE_TOGETHER = 64
+"""Rows of which sketches are made at one time, for less than a millisecond."""
+
 _MOST_ROWS = 1024
 """Rows of a batch, 34 MB, from which on it is sent though the step goes on."""
 
@@ -52,15 +54,17 @@ class DeviceBatch:
 
     def __init__(self, device: torch.device, edge: Edge) -> None:
         self.device = device
-        self.rows: list[torch.Tensor] = []
-        """Blocks of rows, int64 of shape (64, `WIDTH`)."""
+        self.blocks: list[torch.Tensor] = []
+        """Blocks of rows, int64 of shape (rows, `WIDTH`)."""
         self.stream: Any = edge.stream(device)
         """The stream that fills the rows."""
         self.is_sent = False
         self._edge = edge
         self._used = 0
+        self._vacant: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._host: torch.Tensor | None = None
         self._done: Done | None = None
+        self._found: dict[int, list[Sketch]] = {}
         self._lock = threading.RLock()
 
     def add(self, values: Values) -> DeviceSketch:
@@ -77,34 +81,39 @@ class DeviceBatch:
         """
         if self._edge.is_capturing():
             raise CapturingError
-        row = self._new_row()
-        codes, moments = self._accumulators(row)
-        accumulate(values, codes, moments)
+        if not self._vacant:
+            block = self._new_block(_ROWS)
+            codes, moments = block[:, :CODES].unbind(0), moments_of(block).unbind(0)
+            self._vacant = list(zip(codes, moments, strict=True))[::-1]
+        row = self._used - len(self._vacant)
+        accumulate(values, *self._vacant.pop())
         return DeviceSketch(self, row)
 
-    def add_small(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch]:
-        """Measure several small tensors of one type as they are now, in one launch where Triton is there.
+    def add_many(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch]:
+        """Measure several tensors of one type as they are now, in one launch where Triton is there; under `Unseen`.
 
         Args:
-            tensors: Plain, dense, of one floating-point type, at most 64, each with at least one element.
+            tensors: Plain and contiguous, of one floating-point type of 16 bits or more, each with an element at least.
+
+        Raises:
+            CapturingError: A CUDA graph is being captured.
         """
         kernel = kernel_for(self.device)
-        if kernel is None or len(tensors) == 1 or tensors[0].dtype not in FLOATS:
+        if kernel is None or len(tensors) == 1:
             return [self.add(Values(tensor, 1, 0)) for tensor in tensors]
         if self._edge.is_capturing():
             raise CapturingError
-        starts = [0]
-        for tensor in tensors:
-            starts.append(starts[-1] + tensor.numel())
-        if self._used % _ROWS + len(tensors) > _ROWS:  # the rows of one launch stand together
-            self._used += _ROWS - self._used % _ROWS
-        first = self._used
-        for _ in tensors:
-            self._new_row()
-        block = self.rows[first // _ROWS][first % _ROWS : first % _ROWS + len(tensors)]
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        sizes = np.array([tensor.numel() for tensor in tensors])
+        addresses = np.array([tensor.data_ptr() for tensor in tensors])
+        numbers, is_aligned = np.arange(len(tensors)), addresses % 16 == 0
+        self._vacant = []
+        first, block = self._used, self._new_block(len(tensors))
         with on(self.device):
-            kernel.accumulate_segments(flat, self._edge.to_device(starts, self.device), block)
+            for aligned in (True, False):
+                of = np.flatnonzero(is_aligned == aligned)
+                if of.size:
+                    table = kernel.runs_of(sizes[of], addresses[of], numbers[of], tensors[0].itemsize)
+                    kernel.accumulate_runs(tensors[0], self._edge.to_device(table, self.device), block, aligned)
         return [DeviceSketch(self, first + index) for index in range(len(tensors))]
 
     @property
@@ -127,8 +136,9 @@ class DeviceBatch:
                 return
             with Unseen(), on(self.device):
                 self._edge.collects(self)
-                self._host, self._done = self._edge.to_host(torch.cat([block.view(-1) for block in self.rows]))
-            self.rows.clear()
+                self._host, self._done = self._edge.to_host(torch.cat(self.blocks), self._edge.mark())
+            self.blocks.clear()
+            self._vacant.clear()
 
     def found(self, row: int) -> Sketch:
         """The sketch of a row; waits until the copy is there, and starts it where that was not done."""
@@ -139,30 +149,22 @@ class DeviceBatch:
             if done is not None:
                 done.synchronize()
                 self._done = None
-        return sketch_of(host[row * WIDTH : (row + 1) * WIDTH])
+            part = row // _MADE_TOGETHER
+            sketches = self._found.get(part)
+            if sketches is None:
+                start = part * _MADE_TOGETHER
+                sketches = self._found[part] = sketches_of_rows(host[start : start + _MADE_TOGETHER])
+            return sketches[row % _MADE_TOGETHER]
 
-    def _new_row(self) -> int:
-        row = self._used
-        if row // _ROWS == len(self.rows):
-            block = torch.zeros((_ROWS, WIDTH), dtype=torch.int64, device=self.device)
-            moments = block[:, CODES : CODES + MOMENTS].view(torch.float64)
-            for column, value in enumerate(NEW_MOMENTS[3:], 3):
-                moments[:, column].fill_(value)
-            self.rows.append(block)
-        self._used += 1
-        return row
-
-    def _accumulators(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers = self.rows[row // _ROWS][row % _ROWS]
-        return numbers[:CODES], numbers[CODES : CODES + MOMENTS].view(torch.float64)
-
-
-def sketch_of(row: torch.Tensor) -> Sketch:
-    """The sketch of a row on the host; nothing where a graph could not measure, which makes the count NaN."""
-    moments = row[CODES : CODES + MOMENTS].view(torch.float64).tolist()
-    if math.isnan(moments[0]):
-        return Sketch.from_dense(np.zeros(CODES, np.int64), empty_moments().tolist())
-    return Sketch.from_dense(row[:CODES].numpy(), moments)
+    def _new_block(self, rows: int) -> torch.Tensor:
+        """A block of accumulators of nothing, behind those there are."""
+        block = torch.zeros((rows, WIDTH), dtype=torch.int64, device=self.device)
+        moments = moments_of(block)
+        for column, value in enumerate(NEW_MOMENTS[3:], 3):
+            moments[:, column].fill_(value)
+        self.blocks.append(block)
+        self._used += rows
+        return block
 
 
 class DeviceSketch:
@@ -209,9 +211,9 @@ class Devices:
         """
         return self._batch(values.tensor.device).add(values)
 
-    def add_small(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch]:
-        """The same for several small tensors of one type, on one device; see `DeviceBatch`."""
-        return self._batch(tensors[0].device).add_small(tensors)
+    def add_many(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch]:
+        """The same for several tensors of one type, on one device; see `DeviceBatch`."""
+        return self._batch(tensors[0].device).add_many(tensors)
 
     def send(self) -> None:
         """Start the copies to the host; what is added from then on travels later."""

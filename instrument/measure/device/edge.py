@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Protocol
+import functools
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from instrument.errors import UnmeasurableError
+from instrument.measure.histogram import IntArray
 
 if TYPE_CHECKING:
     from instrument.measure.device.batch import DeviceBatch
@@ -41,10 +43,10 @@ class Edge(Protocol):
     def mark(self) -> Done:
         """What tells when all that was launched so far is done."""
 
-    def to_host(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Done]:
-        """Start to copy a tensor to the host; gives the copy and what tells when it is there."""
+    def to_host(self, tensor: torch.Tensor, made: Done) -> tuple[torch.Tensor, Done]:
+        """Start to copy a tensor to the host once it is made; gives the copy and what tells when it is there."""
 
-    def to_device(self, numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    def to_device(self, numbers: IntArray, device: torch.device) -> torch.Tensor:
         """Whole numbers on a device, without a wait."""
 
     def stream(self, device: torch.device) -> Hashable:
@@ -61,22 +63,26 @@ class CudaEdge:
         """Whether a graph is being captured on the current stream."""
         return bool(torch.cuda.is_current_stream_capturing())
 
-    def to_host(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Done]:
-        """Copy to pinned memory, behind what was launched so far."""
+    def to_host(self, tensor: torch.Tensor, made: Done) -> tuple[torch.Tensor, Done]:
+        """Copy to pinned memory in a stream of our own, so that what is computed meanwhile does not wait for it."""
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        return host, self.mark()
+        stream = _copying(tensor.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(made)
+            host.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)
+            return host, self.mark()
 
     def mark(self) -> Done:
-        """An event on the current stream."""
-        event = torch.cuda.Event()
+        """An event on the current stream; whoever waits for it sleeps."""
+        event = torch.cuda.Event(blocking=True)
         event.record()
         done: Done = event
         return done
 
-    def to_device(self, numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    def to_device(self, numbers: IntArray, device: torch.device) -> torch.Tensor:
         """Copy from pinned memory, which does not wait."""
-        return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+        return torch.from_numpy(numbers).pin_memory().to(device, non_blocking=True)
 
     def stream(self, device: torch.device) -> Hashable:
         """The current stream of the device."""
@@ -88,8 +94,14 @@ class CudaEdge:
         stream = torch.cuda.current_stream(batch.device)
         if stream != batch.stream:
             stream.wait_stream(batch.stream)
-            for rows in batch.rows:
+            for rows in batch.blocks:
                 rows.record_stream(stream)
+
+
+@functools.cache
+def _copying(device: torch.device) -> Any:
+    """The stream of ours in which copies of a device travel to the host."""
+    return torch.cuda.Stream(device)
 
 
 def edge_for(device: torch.device) -> Edge | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from instrument.measure.device.accumulating import NEW_MOMENTS
-from instrument.measure.device.batch import sketch_of
 from instrument.measure.device.edge import edge_for
+from instrument.measure.device.rows import NEW_MOMENTS, sketches_of_rows
 from instrument.measure.sketch import Sketch
 from instrument.torch_private import Unseen
 
@@ -33,10 +32,14 @@ class Marked:
         return self._done is None or self._done.query()
 
     def fetch(self) -> torch.Tensor:
-        """The tensor on the host; waits for the device, whatever the stream it was computed on."""
-        if self._done is not None:
-            self._done.synchronize()
-        return self._tensor.cpu()
+        """The tensor on the host; waits for what computes it, and for nothing that the device was given later."""
+        edge = edge_for(self._tensor.device)
+        if edge is None or self._done is None:
+            return self._tensor.cpu()
+        with Unseen():
+            host, done = edge.to_host(self._tensor, self._done)
+        done.synchronize()
+        return host
 
 
 class LateNumber:
@@ -95,4 +98,4 @@ class RowSketch:
 
     def sketch(self) -> Sketch:
         """The sketch; waits for the device."""
-        return sketch_of(self._marked.fetch())
+        return sketches_of_rows(self._marked.fetch()[None])[0]
