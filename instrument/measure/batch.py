@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from instrument.errors import InstrumentError
+from instrument.measure.columns import Sketches
 from instrument.measure.cpu import BLOCK, copy_flat
 from instrument.measure.custom_op import measure
 from instrument.measure.device import FLOATS, Devices, edge_for
@@ -194,7 +195,13 @@ class Later:
 
     def found(self) -> Sketch | Exception:
         """The sketch, or what went wrong; what waits is measured now unless that is done."""
-        return self._group.measured()[self._index]
+        measured = self._group.measured()
+        return measured if isinstance(measured, Exception) else measured[self._index]
+
+    def place(self) -> tuple[Sketches, int] | None:
+        """The sketches that this one is made with and its place among them; None where something went wrong."""
+        measured = self._group.measured()
+        return None if isinstance(measured, Exception) else (measured, self._index)
 
     def sketch(self) -> Sketch:
         """The sketch; what waits is measured now unless that is done.
@@ -220,7 +227,7 @@ class _Group:
         self._lengths: list[int] = []
         self._size = 0
         self._flat: torch.Tensor | None = None
-        self._measured: list[Sketch] | list[Exception] | None = None
+        self._measured: Sketches | Exception | None = None
         self._lock = threading.RLock()  # a finalizer may ask in the middle of our own calls
 
     def add(self, tensor: torch.Tensor) -> Later:
@@ -243,8 +250,8 @@ class _Group:
         self._flat = flattened(self._tensors)
         self._tensors = []
 
-    def measured(self) -> list[Sketch] | list[Exception]:
-        """What was found for each tensor, in the order in which they came."""
+    def measured(self) -> Sketches | Exception:
+        """The sketches of the tensors, in the order in which they came, or what went wrong."""
         if self._measured is None:
             with self._lock, Unseen():
                 if self._measured is None:
@@ -258,7 +265,7 @@ class _Group:
                             copy_flat(self._flat, flat)
                         self._measured = sketches_of(flat.numpy(), np.array(self._lengths))
                     except Exception as error:
-                        self._measured = [error] * len(self._lengths)
+                        self._measured = error
                     self._flat = None
         return self._measured
 

@@ -6,7 +6,6 @@ the rounded cumulative count at their edges, so that they are whole and sum to t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -87,17 +86,21 @@ class Knots:
     worked on together wherever possible.
 
     Args:
-        parts: One entry a tensor, each with at least one value.
+        codes: Codes of finite values, rising within each tensor, of which each has one at least.
+        counts: How often each occurs.
+        ends: Where the codes of each tensor end.
+        low: The smallest value of each tensor.
+        high: The largest.
     """
 
-    def __init__(self, parts: Sequence[CodeCounts]) -> None:
-        lengths = np.array([part.codes.size for part in parts])
-        ends = np.cumsum(lengths)
+    def __init__(
+        self, codes: npt.NDArray[np.uint16], counts: IntArray, ends: IntArray, low: FloatArray, high: FloatArray
+    ) -> None:
+        codes = codes.astype(np.intp)
+        lengths = np.diff(ends, prepend=0)
         starts = ends - lengths
-        codes = np.concatenate([part.codes for part in parts]).astype(np.intp)
-        counts = np.concatenate([part.counts for part in parts])
-        self.low = np.array([part.low for part in parts])
-        self.high = np.array([part.high for part in parts])
+        self.low = low
+        self.high = high
         self.abs_max = np.maximum(-self.low, self.high)
         # Codes rise with the magnitude on both sides of zero: in the order of values come the negative ones,
         # backwards, then the others.
@@ -127,6 +130,12 @@ class Knots:
         smallest = np.where(codes & 0x7FF == 0, SIGN, codes & 0x7FF)
         self.smallest = np.maximum(_LOW[np.minimum(np.minimum.reduceat(smallest, starts), INF_CODE - 1)], SMALLEST)
         """A lower bound of the magnitudes of those that are not zero."""
+
+    @classmethod
+    def of(cls, part: CodeCounts) -> Knots:
+        """Those of one tensor."""
+        ends, low, high = np.array([part.codes.size]), np.array([part.low]), np.array([part.high])
+        return cls(part.codes, part.counts, ends, low, high)
 
     def below(self, values: FloatArray) -> FloatArray:
         """How many values of each tensor lie below given ones that are not zero, of shape (tensors, n).

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+from instrument.measure.columns import Sketches
 from instrument.measure.device import LateNumber
 from instrument.measure.sketch import Sketch, merge_all
 
-__all__ = ["Divided", "Pending", "Together"]
+__all__ = ["Divided", "Pending", "Together", "gathered"]
 
 
 class Pending(Protocol):
@@ -20,6 +21,9 @@ class Pending(Protocol):
 
     def sketch(self) -> Sketch:
         """The sketch; whoever asks makes it, or waits for it."""
+
+    def place(self) -> tuple[Sketches, int] | None:
+        """The sketches that this one is made with, where there are such, and its place among them."""
 
 
 class Divided:
@@ -53,6 +57,9 @@ class Divided:
         found = self._item if isinstance(self._item, Sketch) else self._item.sketch()
         return found.divided(float(self._scale))
 
+    def place(self) -> None:
+        """None: it is made by itself."""
+
 
 class Together:
     """Several sketches of one site, merged when they are asked for.
@@ -76,3 +83,39 @@ class Together:
         merged = merge_all(part if isinstance(part, Sketch) else part.sketch() for part in self._parts)
         self._parts = [merged]
         return merged
+
+    def place(self) -> None:
+        """None: it is made by itself."""
+
+
+def gathered(items: Iterable[Sketch | Pending]) -> Sketches:
+    """Sketches as columns, whether made already or not; what was measured together is taken over as it is.
+
+    Args:
+        items: The sketches, or what will give them.
+    """
+    parts: list[Sketches] = []
+    alone: list[Sketch] = []
+    source: Sketches | None = None
+    start = end = 0
+    for item in items:
+        place = None if isinstance(item, Sketch) else item.place()
+        if place is not None and place[0] is source and place[1] == end:
+            end += 1
+            continue
+        if source is not None:
+            parts.append(source.part(start, end))
+            source = None
+        if place is None:
+            alone.append(item if isinstance(item, Sketch) else item.sketch())
+            continue
+        if alone:
+            parts.append(Sketches.of(alone))
+            alone = []
+        source, start = place
+        end = start + 1
+    if source is not None:
+        parts.append(source.part(start, end))
+    if alone:
+        parts.append(Sketches.of(alone))
+    return Sketches.joined(parts)

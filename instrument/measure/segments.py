@@ -9,18 +9,18 @@ Sums are made in the order in which NumPy adds up one tensor, so that a tensor m
 
 from __future__ import annotations
 
-import itertools
 import threading
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from instrument.measure.columns import Sketches
 from instrument.measure.cpu import BLOCK, count_numbers, measure_exactly
 from instrument.measure.histogram import CODES, SIGN
 from instrument.measure.sketch import IntArray, Sketch
 
-__all__ = ["made_sketch", "sketches_of"]
+__all__ = ["sketches_of"]
 
 _CODE_SHIFT = np.uint32(20)
 
@@ -49,7 +49,7 @@ class _Room(threading.local):
 _room = _Room()
 
 
-def sketches_of(flat: npt.NDArray[np.float32], lengths: IntArray) -> list[Sketch]:
+def sketches_of(flat: npt.NDArray[np.float32], lengths: IntArray) -> Sketches:
     """Sketches of values that stand one tensor behind the other, 1 to `BLOCK` in all.
 
     Args:
@@ -71,45 +71,15 @@ def sketches_of(flat: npt.NDArray[np.float32], lengths: IntArray) -> list[Sketch
     # Code 0 takes what lies below 1.5e-39 too, zero or not.
     if zeros.any() and zeros.sum() != flat.size - np.count_nonzero(flat):
         is_rare |= zeros != np.add.reduceat(flat == 0, starts, dtype=np.int64)
-    moments = zip(*(array.tolist() for array in (totals, squares, low, high, lengths, zeros)), strict=True)
-    parts = itertools.pairwise(cuts.tolist())
-    sketches = [
-        made_sketch(occurring[start:end], counts[start:end], *of_one)
-        for (start, end), of_one in zip(parts, moments, strict=True)
-    ]
+    nothing = np.zeros(lengths.size)
+    numbers = np.stack((totals, squares, low, high, lengths, zeros, nothing, nothing, nothing + 1.0), axis=1)
+    found = Sketches(occurring, counts, cuts[1:], numbers)
+    if not is_rare.any():
+        return found
+    sketches = list(found)
     for index in is_rare.nonzero()[0].tolist():
         sketches[index] = Sketch.from_dense(*measure_exactly(flat[starts[index] : ends[index]]))
-    return sketches
-
-
-def made_sketch(
-    codes: npt.NDArray[np.uint16],
-    counts: IntArray,
-    total: float,
-    total_squares: float,
-    low: float,
-    high: float,
-    count: int,
-    zero_count: int,
-    nan_count: int = 0,
-    inf_count: int = 0,
-) -> Sketch:
-    """A sketch of these fields; a frozen dataclass itself sets its fields by one slow call each."""
-    sketch = object.__new__(Sketch)
-    sketch.__dict__.update(
-        codes=codes,
-        counts=counts,
-        total=total,
-        total_squares=total_squares,
-        low=low,
-        high=high,
-        count=count,
-        zero_count=zero_count,
-        nan_count=nan_count,
-        inf_count=inf_count,
-        histogram_share=1.0,
-    )
-    return sketch
+    return Sketches.of(sketches)
 
 
 def _count_codes(

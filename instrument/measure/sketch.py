@@ -239,7 +239,7 @@ class Sketch:
             raise ConfigError(f"q is {q!r}, allowed is a share from 0 to 1")
         if not self.count:
             return math.nan
-        return float(Knots([self.finite()]).quantile(q)[0])
+        return float(Knots.of(self.finite()).quantile(q)[0])
 
     def underflow_fraction(self, dtype: torch.dtype) -> float:
         """Share of the non-zero finite values that would become zero in a narrower type.
@@ -305,7 +305,7 @@ class Sketch:
         """
         if not self.count:
             return np.empty(0, np.int64), np.zeros(1)
-        return histograms(Knots([self.finite()])).one(0)
+        return histograms(Knots.of(self.finite())).one(0)
 
     def log10_histogram(self) -> tuple[IntArray, FloatArray]:
         """Counts and edges of log10 of the magnitudes of the finite values that are not zero.
@@ -319,7 +319,7 @@ class Sketch:
         """
         if self.count == self.zero_count:
             return np.empty(0, np.int64), np.zeros(1)
-        return log10_histograms(Knots([self.finite()])).one(0)
+        return log10_histograms(Knots.of(self.finite())).one(0)
 
     def finite(self) -> CodeCounts:
         """Codes and counts of the finite values, with their extremes: what histograms are made of."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from instrument.capture.names import Site
+from instrument.measure.columns import Sketches
 from instrument.measure.device import LateNumber
 from instrument.measure.histogram import FloatArray
 from instrument.measure.pending import Pending, Together
@@ -126,6 +127,10 @@ class StepRecord(Mapping[str, Sketch]):
             Float64 of shape (sketches, `COLUMNS`), in the order of the record.
         """
         return self._sketches.statistics()
+
+    def columns(self) -> Sketches:
+        """All sketches as columns, in the order of the record."""
+        return self._sketches.columns()
 
     def pack(self) -> None:
         """Keep the sketches in little memory from now on, here and in every record that shares them."""

@@ -10,20 +10,24 @@ from __future__ import annotations
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from instrument.measure.columns import Sketches, made_sketch
 from instrument.measure.histogram import FloatArray, IntArray
-from instrument.measure.pending import Pending
+from instrument.measure.pending import Pending, gathered
 from instrument.measure.sketch import Sketch
 from instrument.record.statistics import SLICE, statistics_of, yield_lock
 
-__all__ = ["SketchStore"]
+__all__ = ["PART", "SketchStore"]
 
 _LEVEL = 1
 """Of `zlib`: the fastest; the next ones are slower by half and save a twentieth."""
+
+PART = 128
+"""Sketches of a part: whoever reads one unpacks them all."""
 
 _CACHED = 4
 """Parts that are kept unpacked, of all records together: whoever reads one sketch reads those beside it."""
@@ -44,48 +48,59 @@ class SketchStore(Mapping[str, "Sketch"]):
         2.0
     """
 
-    __slots__ = ("_loose", "_packed", "_statistics")
+    __slots__ = ("_loose", "_packed", "_sketches", "_statistics", "_tags")
 
     def __init__(self, sketches: Mapping[str, Sketch | Pending]) -> None:
+        self._tags = tuple(sketches)
         self._loose: dict[str, Sketch | Pending] | None = dict(sketches)
+        self._sketches: Sketches | None = None
         self._packed: _Packed | None = None
         self._statistics: FloatArray | None = None
 
     def __getitem__(self, tag: str) -> Sketch:
-        loose = self._loose  # another thread may be packing
-        if loose is None:
-            assert self._packed is not None
-            return self._packed[tag]
-        found = loose[tag]
-        if not isinstance(found, Sketch):
-            found = loose[tag] = found.sketch()
-        return found
+        loose, sketches = self._loose, self._sketches  # another thread may be packing
+        if loose is not None:
+            found = loose[tag]
+            if not isinstance(found, Sketch):
+                found = loose[tag] = found.sketch()
+            return found
+        place = _places_of(self._tags)[tag]
+        if sketches is not None:
+            return sketches[place]
+        assert self._packed is not None
+        return self._packed[place]
 
     def __iter__(self) -> Iterator[str]:
-        loose = self._loose
-        if loose is None:
-            assert self._packed is not None
-            return iter(self._packed.places)
-        return iter(loose)
+        return iter(self._tags)
 
     def __len__(self) -> int:
-        loose = self._loose
-        if loose is None:
-            assert self._packed is not None
-            return len(self._packed.places)
-        return len(loose)
+        return len(self._tags)
 
     def __contains__(self, tag: object) -> bool:
         loose = self._loose
-        if loose is None:
-            assert self._packed is not None
-            return tag in self._packed.places
-        return tag in loose
+        return tag in (loose if loose is not None else _places_of(self._tags))
 
     def as_they_are(self) -> dict[str, Sketch | Pending]:
         """Tag to sketch, or to what will give it, where nobody has read it yet."""
         loose = self._loose
         return dict(loose) if loose is not None else dict(self.items())
+
+    def columns(self) -> Sketches:
+        """All sketches, in the order of the tags; they stay so until they are packed."""
+        sketches = self._sketches
+        if sketches is not None:
+            return sketches
+        loose = self._loose
+        if loose is None:
+            assert self._packed is not None
+            return self._packed.unpacked()
+        parts, items = [], iter(loose.values())
+        for _ in range(0, len(loose), SLICE):
+            yield_lock()
+            parts.append(gathered(itertools.islice(items, SLICE)))
+        self._sketches = sketches = Sketches.joined(parts)
+        self._loose = None
+        return sketches
 
     def statistics(self) -> FloatArray:
         """The statistics of all sketches, worked out once; see `statistics_of`.
@@ -94,19 +109,14 @@ class SketchStore(Mapping[str, "Sketch"]):
             Float64 of shape (sketches, `COLUMNS`), in the order of the tags.
         """
         if self._statistics is None:
-            sketches = iter(self.values())
-            parts = []
-            for _ in range(0, len(self), SLICE):
-                yield_lock()
-                parts.append(statistics_of(itertools.islice(sketches, SLICE)))
-            self._statistics = np.concatenate(parts) if parts else statistics_of(())
+            self._statistics = statistics_of(self.columns())
         return self._statistics
 
     def pack(self) -> None:
         """Keep the sketches in little memory from now on; each is unpacked when it is read."""
-        if self._loose is not None:
-            self._packed = _Packed(tuple(self), list(self.values()))
-            self._loose = None
+        if self._packed is None:
+            self._packed = _Packed(self.columns())
+            self._sketches = None
 
 
 @functools.lru_cache(maxsize=8)
@@ -116,55 +126,49 @@ def _places_of(tags: tuple[str, ...]) -> dict[str, int]:
 
 
 class _Packed:
-    """Sketches in parts of `SLICE`."""
+    """Sketches in parts of `PART`."""
 
-    __slots__ = ("_numbers", "_parts", "places")
+    __slots__ = ("_numbers", "_parts")
 
-    def __init__(self, tags: tuple[str, ...], sketches: Sequence[Sketch]) -> None:
-        self.places = _places_of(tags)
-        self._numbers = np.empty((len(sketches), _NUMBERS))
+    def __init__(self, sketches: Sketches) -> None:
+        self._numbers = sketches.numbers.copy()
         self._parts: list[bytes] = []
-        for start in range(0, len(sketches), SLICE):
+        for start in range(0, len(sketches), PART):
             yield_lock()
-            part = sketches[start : start + SLICE]
-            self._numbers[start : start + SLICE] = [
-                (s.total, s.total_squares, s.low, s.high, s.count, s.zero_count, s.nan_count, s.inf_count,
-                 s.histogram_share) for s in part
-            ]  # fmt: skip
-            self._parts.append(_packed([s.codes for s in part], [s.counts for s in part]))
+            self._parts.append(_packed(sketches.part(start, min(start + PART, len(sketches)))))
 
-    def __getitem__(self, tag: str) -> Sketch:
-        place = self.places[tag]
-        codes, counts, ends = _unpacked(self._parts[place // SLICE])
-        within = place % SLICE
-        start, end = ends[within - 1] if within else 0, ends[within]
-        total, squares, low, high, count, zeros, nans, infs, share = self._numbers[place].tolist()
-        return Sketch(
-            codes[start:end].copy(), counts[start:end].copy(), total, squares, low, high, int(count), int(zeros),
-            int(nans), int(infs), share,
-        )  # fmt: skip
+    def __getitem__(self, place: int) -> Sketch:
+        codes, counts, ends = _unpacked(self._parts[place // PART])
+        within = place % PART
+        own = slice(int(ends[within - 1]) if within else 0, int(ends[within]))
+        return made_sketch(codes[own].copy(), counts[own].copy(), self._numbers[place].tolist())
+
+    def unpacked(self) -> Sketches:
+        """All of them."""
+        parts = []
+        for number, part in enumerate(self._parts):
+            start = number * PART
+            parts.append(Sketches(*_unpacked(part), self._numbers[start : start + PART]))
+        return Sketches.joined(parts)
 
 
-_NUMBERS = 9
 _HEADER = 2
 
 
-def _packed(codes: list[npt.NDArray[np.uint16]], counts: list[IntArray]) -> bytes:
-    """Codes and counts of several sketches, one behind the other.
+def _packed(sketches: Sketches) -> bytes:
+    """Codes and counts of several sketches.
 
     A header of two numbers says how many sketches there are and how many bytes a count has; behind it stand the ends
     of the sketches, the differences of the codes, and the counts, the last two byte by byte of like weight.
     """
-    ends = np.cumsum([len(each) for each in codes]).astype(np.uint32)
-    every = np.concatenate(counts)
+    every = sketches.counts
     width = next(width for width in (1, 2, 4, 8) if not every.size or every.max() < 1 << (8 * width - (width == 8)))
-    every_code = np.concatenate(codes)
-    steps = every_code.copy()
-    steps[1:] -= every_code[:-1]  # modulo 65,536 where a sketch begins
+    steps = sketches.codes.copy()
+    steps[1:] -= sketches.codes[:-1]  # modulo 65,536 where a sketch begins
     body = b"".join(
         (
-            np.array([len(codes), width], np.uint32).tobytes(),
-            ends.tobytes(),
+            np.array([len(sketches), width], np.uint32).tobytes(),
+            sketches.ends.astype(np.uint32).tobytes(),
             _planes(steps, 2),
             _planes(every.astype(f"<u{width}"), width),
         )
@@ -179,13 +183,13 @@ def _planes(values: npt.NDArray[np.unsignedinteger], width: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def _unpacked(packed: bytes) -> tuple[npt.NDArray[np.uint16], IntArray, list[int]]:
+def _unpacked(packed: bytes) -> tuple[npt.NDArray[np.uint16], IntArray, IntArray]:
     """Codes and counts of several sketches, and where each ends."""
     body = np.frombuffer(zlib.decompress(packed), np.uint8)
     number, width = body[: 4 * _HEADER].view(np.uint32).tolist()
     start = 4 * (_HEADER + number)
-    ends = body[4 * _HEADER : start].view(np.uint32).tolist()
-    size = ends[-1]
+    ends = body[4 * _HEADER : start].view(np.uint32).astype(np.int64)
+    size = int(ends[-1])
     steps = body[start : start + 2 * size].reshape(2, size).T.copy().view(np.uint16).ravel()
     counts = body[start + 2 * size :].reshape(width, size).T.copy().view(f"<u{width}").ravel()
     return np.cumsum(steps, dtype=np.uint16), counts.astype(np.int64), ends

@@ -7,12 +7,11 @@ for the event file and the diagnoses anew, took 20 us a sketch and step; columns
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 
 import numpy as np
 
+from instrument.measure.columns import Sketches
 from instrument.measure.histogram import FloatArray
-from instrument.measure.sketch import Sketch
 from instrument.record.tags import COUNTS, STATISTICS
 
 __all__ = ["COLUMNS", "SLICE", "statistics_of", "yield_lock"]
@@ -20,8 +19,8 @@ __all__ = ["COLUMNS", "SLICE", "statistics_of", "yield_lock"]
 COLUMNS = (*STATISTICS, *COUNTS)
 """What the columns of `statistics_of` are."""
 
-SLICE = 128
-"""Tensors that are worked on together: enough that calls are cheap, so few that each takes less than a millisecond."""
+SLICE = 256
+"""Tensors for which Python makes objects before others may have the lock: a few microseconds each."""
 
 BREATH_SECONDS = 5e-5
 
@@ -34,11 +33,11 @@ def yield_lock() -> None:
     time.sleep(BREATH_SECONDS)
 
 
-def statistics_of(sketches: Iterable[Sketch]) -> FloatArray:
+def statistics_of(sketches: Sketches) -> FloatArray:
     """The statistics of sketches.
 
     Args:
-        sketches: The sketches; with more than a few hundred, the interpreter lock is held for milliseconds.
+        sketches: The sketches.
 
     Returns:
         Float64 of shape (sketches, `COLUMNS`), each as the property of `Sketch` by that name gives it: NaN, but for
@@ -47,13 +46,11 @@ def statistics_of(sketches: Iterable[Sketch]) -> FloatArray:
     Example:
         >>> import torch
         >>> from instrument import measure
-        >>> dict(zip(COLUMNS, statistics_of([measure(torch.tensor([3.0, 0.0]))])[0].tolist()))["abs_max"]
+        >>> of_one = statistics_of(Sketches.of([measure(torch.tensor([3.0, 0.0]))]))[0]
+        >>> dict(zip(COLUMNS, of_one.tolist()))["abs_max"]
         3.0
     """
-    fields = [
-        (s.count, s.total, s.total_squares, s.low, s.high, s.zero_count, s.nan_count, s.inf_count) for s in sketches
-    ]
-    count, total, squares, low, high, zeros, nans, infs = np.array(fields, np.float64).reshape(-1, 8).T
+    total, squares, low, high, count, zeros, nans, infs, _ = sketches.numbers.T
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         mean, mean_square = total / count, squares / count
         std = np.sqrt(np.maximum(mean_square - mean * mean, 0.0))

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from instrument.config import SECTIONS
+from instrument.measure.columns import Sketches
 from instrument.measure.histogram import FloatArray, Histograms, IntArray, Knots, histograms, log10_histograms
-from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord
-from instrument.record.statistics import SLICE, yield_lock
 from instrument.record.tags import COUNTS, LOG10, LOG10_KINDS, STATISTICS
 
 __all__ = ["HistogramSlice", "histogram_slices", "scalar_values"]
@@ -25,7 +25,8 @@ _SPREAD_SECTIONS = frozenset(SECTIONS[kind] for kind in LOG10_KINDS)
 
 _STATISTICS, _COUNTS = tuple(STATISTICS), tuple(COUNTS)
 
-_Measured: TypeAlias = "list[tuple[str, Sketch]]"
+_TOGETHER = 1024
+"""Histograms worked out together: NumPy gives the lock up in each of its calls, and they are few."""
 
 
 class HistogramSlice(NamedTuple):
@@ -106,25 +107,28 @@ def histogram_slices(record: StepRecord) -> Iterator[HistogramSlice]:
     Yields:
         Histograms of the values, and of log10 of magnitudes where those are spread over decades.
     """
-    even: _Measured = []
-    spread: _Measured = []
-    for tag, sketch in record.items():
-        if sketch.count:
-            is_spread = tag.partition("/")[0] in _SPREAD_SECTIONS and sketch.count > sketch.zero_count
-            (spread if is_spread else even).append((tag, sketch))
-    for measured, with_log10 in ((even, False), (spread, True)):
-        for start in range(0, len(measured), SLICE):
-            yield_lock()
-            yield from _slices(measured[start : start + SLICE], with_log10)
+    tags, sketches = tuple(record), record.columns().finite()
+    count, zeros = sketches.column("count"), sketches.column("zero_count")
+    is_spread = _are_spread(tags) & (count > zeros)
+    for wanted, with_log10 in ((~is_spread & (count > 0), False), (is_spread, True)):
+        places = wanted.nonzero()[0]
+        for start in range(0, places.size, _TOGETHER):
+            part = places[start : start + _TOGETHER]
+            yield from _slices([tags[place] for place in part.tolist()], sketches.take(part), with_log10)
 
 
-def _slices(measured: _Measured, with_log10: bool) -> Iterator[HistogramSlice]:
-    knots = Knots([sketch.finite() for _, sketch in measured])
-    total, squares = np.array([(sketch.total, sketch.total_squares) for _, sketch in measured]).T
-    yield _slice([tag for tag, _ in measured], histograms(knots), knots.count, total, squares)
+@functools.lru_cache(maxsize=8)
+def _are_spread(tags: tuple[str, ...]) -> npt.NDArray[np.bool_]:
+    """Whether a histogram of log10 belongs to each tag; the same tags come again each step."""
+    return np.array([tag.partition("/")[0] in _SPREAD_SECTIONS for tag in tags], np.bool_)
+
+
+def _slices(tags: list[str], sketches: Sketches, with_log10: bool) -> Iterator[HistogramSlice]:
+    knots = Knots(sketches.codes, sketches.counts, sketches.ends, sketches.column("low"), sketches.column("high"))
+    total, squares = sketches.column("total"), sketches.column("total_squares")
+    yield _slice(tags, histograms(knots), knots.count, total, squares)
     if with_log10:
-        yield_lock()
-        tags = [_tags_under(tag, (LOG10,))[0] for tag, _ in measured]
+        tags = [_tags_under(tag, (LOG10,))[0] for tag in tags]
         nothing = np.zeros(len(tags))
         yield _slice(tags, log10_histograms(knots), knots.count - knots.zeros, nothing, nothing)
 

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from instrument.measure.histogram import FloatArray
+from instrument.record.statistics import SLICE, yield_lock
 from instrument.record.values import HistogramSlice
 
 __all__ = ["ScalarLayout", "event", "histogram_values"]
@@ -113,7 +114,9 @@ def histogram_values(part: HistogramSlice) -> bytes:
     fixed, limits, counts = moments.tobytes(), _bytes_of(part.limits), _bytes_of(part.counts)
     pieces: list[bytes] = []
     start = row = 0
-    for tag, end in zip(part.tags, (8 * part.ends).tolist(), strict=True):
+    for number, (tag, end) in enumerate(zip(part.tags, (8 * part.ends).tolist(), strict=True)):
+        if number % SLICE == 0:
+            yield_lock()
         size = _varint(end - start)
         field = _tag_field(tag)
         length = 45 + 2 * (1 + len(size) + end - start)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,16 @@ from tests.measure.test_device import assert_same
 DEVICE = torch.device("cuda")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_wait() -> Iterator[None]:
     """Any operation that waits for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -49,7 +55,7 @@ def train(model: nn.Module, steps: int, stream: Any = None, **arguments: Any) ->
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     kinds = ["activations", "activation_gradients", "parameters", "gradients", "updates"]
     watcher = instrument.watch(model, interval=1, kinds=kinds, strict=True, **arguments)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), no_wait():
         for step in range(steps):
             optimizer.zero_grad()
             model(inputs[step]).square().mean().backward()
@@ -57,12 +63,10 @@ def train(model: nn.Module, steps: int, stream: Any = None, **arguments: Any) ->
     return watcher
 
 
-@pytest.mark.usefixtures("no_wait")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sampled_step_waits_for_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
     """With every step sampled and all kinds watched, no operation of the training thread waits for the device."""
     watcher = train(network(dtype), 5, logdir=tmp_path)
-    torch.cuda.set_sync_debug_mode("default")
     watcher.close()
     assert [record.step for record in watcher.history] == list(range(5))
     assert watcher.history[-1]["Activations/1"].count == 16 * 64

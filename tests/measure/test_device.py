@@ -151,7 +151,7 @@ def test_tensors_together_are_those_one_by_one() -> None:
     generator = torch.Generator().manual_seed(2)
     tensors = [torch.randn(1 + size, generator=generator) for size in range(40)]
     with Unseen():
-        later = rows.add_many(tensors) + [rows.add(readable(tensors[0]))] + rows.add_many(tensors)
+        later = [*rows.add_many(tensors), rows.add(readable(tensors[0])), *rows.add_many(tensors)]
     for sketch, tensor in zip(later, [*tensors, tensors[0], *tensors], strict=True):
         assert_same(sketch.sketch(), measure(tensor))
 

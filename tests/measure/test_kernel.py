@@ -45,7 +45,8 @@ for dtype in TYPES:
     special = torch.tensor(SPECIAL, dtype=torch.float64)
     cases = [spread, special, patterns.double(), torch.zeros(1), torch.empty(0), spread[:4500].repeat(8)]
     # One value that is not plain among whole blocks of those that are.
-    cases += [torch.cat((torch.linspace(-3, 3, 9000, dtype=torch.float64), special[n : n + 1])).roll(77) for n in range(11)]
+    plain = torch.linspace(-3, 3, 9000, dtype=torch.float64)
+    cases += [torch.cat((plain, special[n : n + 1])).roll(77) for n in range(11)]
     for values in cases:
         tensor = values.to(dtype)
         with Unseen():

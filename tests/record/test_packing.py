@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from instrument import Sketch, measure
 from instrument.record.buffer import StepRecord
-from instrument.record.packing import SketchStore
-from instrument.record.statistics import SLICE
+from instrument.record.packing import PART, SketchStore
 
 VALUES = st.lists(
     st.one_of(st.floats(width=32), st.sampled_from([0.0, -0.0, float("nan"), float("inf"), 1e-45, -3e38])), max_size=30
@@ -53,7 +52,7 @@ def test_packed_sketches_are_the_same_in_every_field(values: list[list[float]], 
 def test_parts_are_told_apart() -> None:
     """Of several hundred sketches each is found in its part, whatever the order in which they are asked for."""
     generator = torch.Generator().manual_seed(0)
-    sketches = {f"Parameters/{n}": measure(torch.randn(1 + n, generator=generator)) for n in range(2 * SLICE + 7)}
+    sketches = {f"Parameters/{n}": measure(torch.randn(1 + n, generator=generator)) for n in range(2 * PART + 7)}
     store = SketchStore(sketches)
     store.pack()
     for place in torch.randperm(len(sketches), generator=generator).tolist():

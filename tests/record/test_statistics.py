@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instrument.measure.columns import Sketches
 from instrument.measure.custom_op import measure
 from instrument.record.buffer import StepRecord
 from instrument.record.statistics import COLUMNS, SLICE, statistics_of
@@ -23,7 +24,7 @@ TENSORS = st.lists(st.one_of(st.sampled_from(SPECIAL), st.floats(allow_nan=False
 def test_columns_are_the_properties(tensors: list[list[float]]) -> None:
     """Each number is what the property of the sketch says, to the last bits; NaN where it has no finite value."""
     sketches = [measure(torch.tensor(values, dtype=torch.float64)) for values in tensors]
-    table = statistics_of(sketches)
+    table = statistics_of(Sketches.of(sketches))
     assert table.shape == (len(sketches), len(COLUMNS))
     for sketch, row in zip(sketches, table, strict=True):
         for number, (name, compute) in zip(row, {**STATISTICS, **COUNTS}.items(), strict=True):

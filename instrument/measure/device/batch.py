@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from instrument.measure.columns import Sketches
 from instrument.measure.device.accumulating import accumulate, kernel_for, on
 from instrument.measure.device.edge import CapturingError, Done, Edge, edge_for
 from instrument.measure.device.rows import NEW_MOMENTS, WIDTH, moments_of, sketches_of_rows
@@ -36,9 +37,6 @@ __all__ = ["DeviceBatch", "DeviceSketch", "Devices"]
 
 _ROWS = 32
 """Rows of a block for tensors that come one by one."""
-
-_MADE_TOGETHER = 64
-"""Rows of which sketches are made at one time, for less than a millisecond."""
 
 _MOST_ROWS = 1024
 """Rows of a batch, 34 MB, from which on it is sent though the step goes on."""
@@ -64,7 +62,7 @@ class DeviceBatch:
         self._vacant: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._host: torch.Tensor | None = None
         self._done: Done | None = None
-        self._found: dict[int, list[Sketch]] = {}
+        self._found: Sketches | None = None
         self._lock = threading.RLock()
 
     def add(self, values: Values) -> DeviceSketch:
@@ -140,21 +138,17 @@ class DeviceBatch:
             self.blocks.clear()
             self._vacant.clear()
 
-    def found(self, row: int) -> Sketch:
-        """The sketch of a row; waits until the copy is there, and starts it where that was not done."""
+    def found(self) -> Sketches:
+        """The sketches of all rows; waits until the copy is there, and starts it where that was not done."""
         self.send()
         with self._lock:
-            host, done = self._host, self._done
-            assert host is not None
-            if done is not None:
-                done.synchronize()
-                self._done = None
-            part = row // _MADE_TOGETHER
-            sketches = self._found.get(part)
-            if sketches is None:
-                start = part * _MADE_TOGETHER
-                sketches = self._found[part] = sketches_of_rows(host[start : start + _MADE_TOGETHER])
-            return sketches[row % _MADE_TOGETHER]
+            if self._found is None:
+                assert self._host is not None
+                if self._done is not None:
+                    self._done.synchronize()
+                self._found = sketches_of_rows(self._host)
+                self._host = self._done = None
+            return self._found
 
     def _new_block(self, rows: int) -> torch.Tensor:
         """A block of accumulators of nothing, behind those there are."""
@@ -170,27 +164,24 @@ class DeviceBatch:
 class DeviceSketch:
     """The sketch of a tensor on a device, on its way to the host."""
 
-    __slots__ = ("_batch", "_found", "_row")
+    __slots__ = ("_batch", "_row")
 
     def __init__(self, batch: DeviceBatch, row: int) -> None:
-        self._batch: DeviceBatch | None = batch
+        self._batch = batch
         self._row = row
-        self._found: Sketch | None = None
 
     @property
     def is_there(self) -> bool:
         """Whether the sketch can be had without a wait."""
-        batch = self._batch
-        return batch is None or batch.is_there
+        return self._batch.is_there
 
     def sketch(self) -> Sketch:
         """The sketch; waits until the copy is there."""
-        batch = self._batch
-        if batch is not None:
-            self._found = batch.found(self._row)
-            self._batch = None
-        assert self._found is not None
-        return self._found
+        return self._batch.found()[self._row]
+
+    def place(self) -> tuple[Sketches, int]:
+        """The sketches that came with this one, and its place among them; waits until the copy is there."""
+        return self._batch.found(), self._row
 
 
 class Devices:

@@ -95,16 +95,15 @@ def _cleared(counts, IS_SHARED: tl.constexpr):
 def _bits(read, KIND: tl.constexpr):
     """The bits of what was read as float32."""
     if KIND == "bfloat16":  # comes as int16: its bits are the upper half of a float32
-        bits = read.to(tl.int32) << 16
-    else:
-        bits = read.to(tl.float32).to(tl.int32, bitcast=True)
-    return bits
+        return read.to(tl.int32) << 16
+    return read.to(tl.float32).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _add_plainly(read, counts, total, squares, low, high, least, KIND: tl.constexpr, IS_SHARED: tl.constexpr):
-    """A whole block of values, as if none were NaN, Inf or too small for the next code; what shows whether that is so
-    comes along: a sum that is not finite, and the least magnitude of a value that is not zero.
+    """A whole block of values, as if none were NaN, Inf or too small for the next code.
+
+    What shows whether that is so comes along: a sum that is not finite, and the least magnitude that is not zero.
     """
     bits = _bits(read, KIND)
     value = read if KIND == "float64" else bits.to(tl.float32, bitcast=True)
@@ -165,20 +164,17 @@ def _measure_run(
     FEW_ROWS: tl.constexpr, IS_SHARED: tl.constexpr,
 ):  # fmt: skip
     """Measure consecutive values and add what was found to the accumulators."""
-    VALUE: tl.constexpr = tl.float64 if KIND == "float64" else tl.float32
-    BLOCK: tl.constexpr = ROWS * COLUMNS
+    value_type: tl.constexpr = tl.float64 if KIND == "float64" else tl.float32
+    block: tl.constexpr = ROWS * COLUMNS
     counts = _new_counts(IS_SHARED)
     totals = tl.zeros((ROWS,), tl.float64)
     squares = tl.zeros((ROWS,), tl.float64)
-    lows = tl.full((ROWS,), float("inf"), VALUE)
-    highs = tl.full((ROWS,), float("-inf"), VALUE)
-    if KIND == "float64":
-        least = tl.full((ROWS,), float("inf"), tl.float64)
-    else:
-        least = tl.full((ROWS,), 0xFFFFFFFF, tl.uint32)
+    lows = tl.full((ROWS,), float("inf"), value_type)
+    highs = tl.full((ROWS,), float("-inf"), value_type)
+    least = tl.full((ROWS,), float("inf"), tl.float64) if KIND == "float64" else tl.full((ROWS,), 0xFFFFFFFF, tl.uint32)
     places = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    whole = size // BLOCK * BLOCK
-    for first in range(0, whole, BLOCK):
+    whole = size // block * block
+    for first in range(0, whole, block):
         read = tl.load(values + first + places)
         counts, totals, squares, lows, highs, least = _add_plainly(
             read, counts, totals, squares, lows, highs, least, KIND, IS_SHARED
@@ -193,13 +189,13 @@ def _measure_run(
     if not is_plain:
         counts = _cleared(counts, IS_SHARED)
     # What is not plain is read again, with care; so is what is left behind the last whole block.
-    FEW: tl.constexpr = FEW_ROWS * COLUMNS
+    few: tl.constexpr = FEW_ROWS * COLUMNS
     careful_totals = tl.zeros((FEW_ROWS,), tl.float64)
     careful_squares = tl.zeros((FEW_ROWS,), tl.float64)
-    careful_lows = tl.full((FEW_ROWS,), float("inf"), VALUE)
-    careful_highs = tl.full((FEW_ROWS,), float("-inf"), VALUE)
+    careful_lows = tl.full((FEW_ROWS,), float("inf"), value_type)
+    careful_highs = tl.full((FEW_ROWS,), float("-inf"), value_type)
     few_places = tl.arange(0, FEW_ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    for first in range(tl.where(is_plain, whole, 0), size, FEW):
+    for first in range(tl.where(is_plain, whole, 0), size, few):
         mask = few_places < size - first
         read = tl.load(values + first + few_places, mask=mask, other=0)
         counts, careful_totals, careful_squares, careful_lows, careful_highs = _add_carefully(

@@ -99,3 +99,6 @@ class RowSketch:
     def sketch(self) -> Sketch:
         """The sketch; waits for the device."""
         return sketches_of_rows(self._marked.fetch()[None])[0]
+
+    def place(self) -> None:
+        """None: it is made by itself."""
