@@ -46,7 +46,8 @@ _MOST_TOGETHER = 1024
 """Tensors on a GPU that one launch measures; their rows of accumulators are 34 MB."""
 
 _MOST_ELEMENTS = 1 << 25
-"""Elements of them: what is made for us alone, as a gradient divided by its scale is, is held until the launch."""
+"""Elements of them, where they are made for us alone and held until the launch, as a gradient divided by its scale is;
+a launch for each such part of a large model's gradients would take more time than it measures."""
 
 
 def measure_many(tensors: Iterable[torch.Tensor]) -> list[Sketch | Exception]:
@@ -73,7 +74,10 @@ def _found(item: Sketch | Pending | Exception) -> Sketch | Exception:
 
 
 def measure_later(
-    tensors: Iterable[torch.Tensor], sample_above: int = 0, devices: Devices | None = None
+    tensors: Iterable[torch.Tensor],
+    sample_above: int = 0,
+    devices: Devices | None = None,
+    are_made_for_us: bool = False,
 ) -> list[Sketch | Pending | Exception]:
     """Measure several tensors as they are now; small ones are copied, for a microsecond each, and measured on demand.
 
@@ -81,6 +85,7 @@ def measure_later(
         tensors: As for `measure`. They may be made one by one: large ones are not held.
         sample_above: As for `measure`.
         devices: Where those on a GPU wait until they are sent; without it, until they are asked for.
+        are_made_for_us: Whether nobody else holds the tensors, so that those on a GPU are not to wait for many others.
 
     Returns:
         For each tensor its sketch, or what will give it, or the exception that `measure` raises.
@@ -110,7 +115,7 @@ def measure_later(
                     together = waiting.setdefault((tensor.device, tensor.dtype), _Waiting())
                     together.add(len(found), tensor)
                     found.append(_NOT_LAUNCHED)
-                    if together.is_full:
+                    if len(together) >= _MOST_TOGETHER or (are_made_for_us and together.elements >= _MOST_ELEMENTS):
                         together.launch(devices, found)
                 else:
                     found.append(_measure_large(tensor, sample_above, devices))
@@ -141,23 +146,22 @@ def _is_launched_with_others(tensor: torch.Tensor) -> bool:
 class _Waiting:
     """Tensors of one device and type that wait for the launch that measures them all."""
 
-    __slots__ = ("_elements", "_places", "_tensors")
+    __slots__ = ("_places", "_tensors", "elements")
 
     def __init__(self) -> None:
+        self.elements = 0
+        """How many elements they have in all."""
         self._tensors: list[torch.Tensor] = []
         self._places: list[int] = []
-        self._elements = 0
 
     def add(self, place: int, tensor: torch.Tensor) -> None:
         """Take a tensor in, and the place where what will give its sketch belongs."""
         self._tensors.append(tensor)
         self._places.append(place)
-        self._elements += tensor.numel()
+        self.elements += tensor.numel()
 
-    @property
-    def is_full(self) -> bool:
-        """Whether it is time to launch."""
-        return len(self._tensors) >= _MOST_TOGETHER or self._elements >= _MOST_ELEMENTS
+    def __len__(self) -> int:
+        return len(self._tensors)
 
     def launch(self, devices: Devices, found: list[Sketch | Pending | Exception]) -> None:
         """Measure what waits, and put what will give the sketches into their places."""
@@ -169,7 +173,7 @@ class _Waiting:
             sketches = [error] * len(self._tensors)
         for place, sketch in zip(self._places, sketches, strict=True):
             found[place] = sketch
-        self._tensors, self._places, self._elements = [], [], 0
+        self._tensors, self._places, self.elements = [], [], 0
 
 
 def _measure_large(tensor: torch.Tensor, sample_above: int, devices: Devices) -> Sketch | Pending:

@@ -197,12 +197,13 @@ class Collector:
         self._batch.cut()
         return self.buffer.close()
 
-    def add(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
-        """Measure tensors into the record."""
+    def add(self, tensors: Iterable[tuple[Site, torch.Tensor]], are_made_for_us: bool = False) -> None:
+        """Measure tensors into the record; see `measure_later` for those that nobody else holds."""
         if self.sees_capturing():
             return
         sites: list[Site] = []
-        measured = measure_later(self._wanted(tensors, sites), self._sample_above, self._batch.devices)
+        wanted = self._wanted(tensors, sites)
+        measured = measure_later(wanted, self._sample_above, self._batch.devices, are_made_for_us)
         for site, found in zip(sites, measured, strict=True):
             if isinstance(found, Exception):
                 self._cannot(site, found)
@@ -251,6 +252,10 @@ class Collector:
             self._notices.failed(f"units of {name}", error)
             return None
         return (Site("units", found[0]), found[1]) if found is not None else None
+
+    def add_gradients(self, pairs: Pairs, scale: torch.Tensor | None) -> None:
+        """Measure the gradients of these parameters, which a fused optimizer will divide by a scale itself."""
+        self.add(self.parameters.gradients(pairs, scale), scale is not None)
 
     def add_missing(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
         """Measure those tensors into the record that it lacks."""

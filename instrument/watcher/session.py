@@ -184,7 +184,7 @@ class Session:
                 self.collector.parameters.remember(pairs)
             if not closure:
                 self._take_passes()
-                self.collector.add(self.collector.parameters.gradients(pairs, getattr(optimizer, "grad_scale", None)))
+                self.collector.add_gradients(pairs, getattr(optimizer, "grad_scale", None))
                 if self.taps.backwards:
                     self.collector.look_for_hidden_gradients(pairs)
         except Exception as error:
@@ -207,7 +207,7 @@ class Session:
                 if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
                     self.buffer.skipped = True
                 if not self._running and not self.clock.has_adopted:
-                    self.collector.add(self.collector.parameters.updates(pairs))
+                    self.collector.add(self.collector.parameters.updates(pairs), True)
                     self.collector.add(self.collector.parameters.values(pairs))
             self.taps.step_ended()
             self._prepare()

@@ -140,6 +140,9 @@ class DeviceBatch:
 
     def found(self) -> Sketches:
         """The sketches of all rows; waits until the copy is there, and starts it where that was not done."""
+        found = self._found
+        if found is not None:
+            return found
         self.send()
         with self._lock:
             if self._found is None:
