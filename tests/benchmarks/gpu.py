@@ -13,16 +13,25 @@ from rich.table import Table
 
 from .harness import ratios
 
-WIDTH, HEADS, LAYERS, TOKENS, LENGTH, BATCH = 768, 12, 12, 50257, 1024, 8
+WIDTH, HEADS, LAYERS, TOKENS, LENGTH = 768, 12, 12, 50257, 1024
+BATCHES = (8, 32)
 
 
 def run(console: Console, rounds: int = 15, steps: int = 4) -> None:
-    """Print the table; one line where there is no GPU."""
+    """Print the tables; one line where there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():
         console.print("gpu: there is none here, so nothing was measured")
         return
+    _one_tensor(console)
+    for batch in BATCHES:
+        _training(console, batch, rounds, steps)
+
+
+def _training(console: Console, batch: int, rounds: int, steps: int) -> None:
+    import torch
+
     import instrument
 
     kinds: dict[str, list[str] | None] = {
@@ -30,7 +39,7 @@ def run(console: Console, rounds: int = 15, steps: int = 4) -> None:
         "parameters and gradients": ["parameters", "gradients"],
         "all activations besides": ["activations", "parameters", "gradients"],
     }
-    tokens = torch.randint(TOKENS, (BATCH, LENGTH), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    tokens = torch.randint(TOKENS, (batch, LENGTH), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     with tempfile.TemporaryDirectory() as directory:
         models, watchers = [], []
         for number, wanted in enumerate(kinds.values()):
@@ -42,24 +51,20 @@ def run(console: Console, rounds: int = 15, steps: int = 4) -> None:
         timed = [[_seconds(*pair, tokens, steps) for pair in models] for _ in range(rounds + 2)][2:]
         pairs = zip(watchers, models[1:], strict=True)
         writers = [0.0, *(_writer_milliseconds(watcher, *pair, tokens) for watcher, pair in pairs)]
+        busy = [_device_milliseconds(*pair, tokens) for pair in models]
         for watcher in watchers:
             watcher.close()
-    _one_tensor(console)
-    table = Table(title=f"GPT-2 small, bfloat16, {BATCH} x {LENGTH} tokens, {torch.cuda.get_device_name()}")
-    for heading in (
-        "every step sampled",
-        "ms a step",
-        "ratio",
-        "quartiles",
-        "CPU of the training thread",
-        "of the writer",
-    ):
+    title = f"GPT-2 small, bfloat16, {batch} x {LENGTH} tokens, every step sampled, {torch.cuda.get_device_name()}"
+    table = Table(title=title)
+    for heading in ("", "ms a step", "ratio", "quartiles", "kernels, ms", "ratio", "training thread, CPU ms", "writer"):
         table.add_column(heading, justify="right")
     for place, name in enumerate(kinds):
         found = ratios([(row[0][0], row[place][0]) for row in timed])
         wall, own = (1e3 * float(np.median([row[place][column] for row in timed])) / steps for column in (0, 1))
+        of_kernels = (f"{busy[place]:.1f}", f"{busy[place] / busy[0]:.3f}")
         spread = f"{found.low:.3f} to {found.high:.3f}"
-        table.add_row(name, f"{wall:.1f}", f"{found.median:.3f}", spread, f"{own:.1f} ms", f"{writers[place]:.1f} ms")
+        of_host = (f"{own:.1f}", f"{writers[place]:.1f}")
+        table.add_row(name, f"{wall:.1f}", f"{found.median:.3f}", spread, *of_kernels, *of_host)
     console.print(table)
 
 
@@ -115,6 +120,15 @@ def _writer_milliseconds(watcher: Any, model: Any, optimizer: Any, tokens: Any, 
     _seconds(model, optimizer, tokens, steps)
     watcher.flush()
     return 1e3 * float(watcher._written() - before) / steps
+
+
+def _device_milliseconds(model: Any, optimizer: Any, tokens: Any, steps: int = 3) -> float:
+    """How long kernels and copies of a step keep the device busy, side by side or not."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        _seconds(model, optimizer, tokens, steps)
+    return float(sum(event.device_time_total for event in profiler.key_averages())) / 1e3 / steps
 
 
 def _one_tensor(console: Console, size: int = 100_000_000) -> None:
