@@ -34,7 +34,12 @@ def accumulate(values: Values, codes: torch.Tensor, moments: torch.Tensor) -> No
         codes: Int64 of shape (4096,), added to in place.
         moments: Float64 of shape (5,), combined in place: count, sum, sum of squares, minimum, maximum.
     """
-    kernel = kernel_for(values.tensor.device)
+    tensor = values.tensor
+    kernel = kernel_for(tensor.device)
+    if kernel is not None and values[1:] == (1, 0) and tensor.dtype in FLOATS and tensor.is_contiguous():
+        with on(tensor.device):
+            kernel.accumulate_values(tensor, codes, moments)
+        return
     add = _accumulate_plainly if kernel is None else kernel.accumulate_values
     own_codes, own_moments = codes, moments
     if values.repeat != 1:
@@ -42,8 +47,8 @@ def accumulate(values: Values, codes: torch.Tensor, moments: torch.Tensor) -> No
         own_moments = torch.empty_like(moments)
         for place, value in enumerate(NEW_MOMENTS):
             own_moments[place].fill_(value)
-    with on(values.tensor.device):
-        for piece in chunks(values.tensor, _PIECE if kernel is None else max(values.tensor.numel(), 1)):
+    with on(tensor.device):
+        for piece in chunks(tensor, _PIECE if kernel is None else max(tensor.numel(), 1)):
             add(_as_floats(piece), own_codes, own_moments)
     if values.repeat != 1:
         codes += values.repeat * own_codes

@@ -14,6 +14,7 @@ end. They give the codes of `instrument.measure.cpu`, value for value, and momen
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -47,7 +48,8 @@ _REGISTERS = 80
 _PIECE = 1 << 30
 """Elements a launch, so that places within one fit into 32 bits."""
 
-_IS_SHARED = torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
+_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_IS_SHARED = torch.version.hip is None and not _IS_INTERPRETED
 
 _CODES: tl.constexpr = tl.constexpr(4096)
 _NAN_CODE: tl.constexpr = tl.constexpr(0x7FC)
@@ -98,8 +100,8 @@ def _cleared(counts, IS_SHARED: tl.constexpr):
 @triton.jit
 def _bits(read, KIND: tl.constexpr):
     """The bits of what was read as float32."""
-    if KIND == "bfloat16":  # comes as int16: its bits are the upper half of a float32
-        return read.to(tl.int32) << 16
+    if KIND == "bfloat16":  # its bits are the upper half of a float32
+        return read.to(tl.int16, bitcast=True).to(tl.int32) << 16
     return read.to(tl.float32).to(tl.int32, bitcast=True)
 
 
@@ -260,11 +262,11 @@ def accumulate_values(values: torch.Tensor, codes: torch.Tensor, moments: torch.
     """Add the values of a tensor to accumulators on its device; nothing waits.
 
     Args:
-        values: Contiguous, of shape (n,), float16, bfloat16, float32 or float64.
+        values: Contiguous, of any shape, float16, bfloat16, float32 or float64.
         codes: Int64 of shape (4096,).
         moments: Float64 of shape (5,): count, sum, sum of squares, minimum, maximum.
     """
-    for piece in values.split(_PIECE) if values.numel() > _PIECE else (values,):
+    for piece in values.view(-1).split(_PIECE) if values.numel() > _PIECE else (values,):
         size = piece.numel()
         if size:
             run = _run_length(size)
@@ -314,9 +316,10 @@ def _run_length(size: int, times: int = 1) -> int:
 
 def _kin(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as the kernels take it: the interpreter knows no bfloat16."""
-    return tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+    return tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 and _IS_INTERPRETED else tensor
 
 
+@functools.cache
 def _options(dtype: torch.dtype) -> dict[str, Any]:
     kind = str(dtype).removeprefix("torch.")
     return {
