@@ -122,9 +122,8 @@ class Sketches:
         if not self.numbers[:, _SPOILT].any():
             return self
         wanted = (self.codes & 0x7FF) < INF_CODE
-        return Sketches(
-            self.codes[wanted], self.counts[wanted], np.cumsum(wanted, dtype=np.int64)[self.ends - 1], self.numbers
-        )
+        ends = np.concatenate(([0], np.cumsum(wanted)))[self.ends]
+        return Sketches(self.codes[wanted], self.counts[wanted], ends, self.numbers)
 
 
 def made_sketch(codes: npt.NDArray[np.uint16], counts: IntArray, numbers: Sequence[float]) -> Sketch:

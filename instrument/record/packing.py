@@ -87,10 +87,9 @@ class SketchStore(Mapping[str, "Sketch"]):
 
     def columns(self) -> Sketches:
         """All sketches, in the order of the tags; they stay so until they are packed."""
-        sketches = self._sketches
+        loose, sketches = self._loose, self._sketches  # in this order: another thread may be doing the same
         if sketches is not None:
             return sketches
-        loose = self._loose
         if loose is None:
             assert self._packed is not None
             return self._packed.unpacked()
@@ -98,7 +97,9 @@ class SketchStore(Mapping[str, "Sketch"]):
         for _ in range(0, len(loose), SLICE):
             yield_lock()
             parts.append(gathered(itertools.islice(items, SLICE)))
-        self._sketches = sketches = Sketches.joined(parts)
+        sketches = Sketches.joined(parts)
+        if self._packed is None:
+            self._sketches = sketches
         self._loose = None
         return sketches
 

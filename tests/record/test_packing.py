@@ -86,3 +86,24 @@ def test_readers_are_not_disturbed_by_packing() -> None:
         store.pack()
         reader.join()
         assert faults == []
+
+
+def test_records_that_several_threads_work_out_at_once_are_whole() -> None:
+    """Threads that ask for all columns while another packs are each given those of every sketch."""
+    sketches = {f"Gradients/{n}": measure(torch.full((3,), float(n))) for n in range(300)}
+    for _ in range(20):
+        store = SketchStore(sketches)
+        found: list[list[float]] = []
+        readers = [
+            threading.Thread(
+                target=lambda store=store, found=found: found.append(store.columns().column("low").tolist())
+            )
+            for _ in range(3)
+        ]
+        for reader in readers:
+            reader.start()
+        store.pack()
+        for reader in readers:
+            reader.join()
+        assert found == [[float(n) for n in range(300)]] * 3
+        assert store["Gradients/7"].mean == 7.0
