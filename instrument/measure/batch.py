@@ -64,7 +64,7 @@ def measure_many(tensors: Iterable[torch.Tensor]) -> list[Sketch | Exception]:
         >>> [sketch.count for sketch in measure_many([torch.ones(3), torch.zeros(2)])]
         [3, 2]
     """
-    return [_found(item) for item in measure_later(tensors)]
+    return [_found(item) for item in measure_later(tensors, are_made_for_us=True)]
 
 
 def _found(item: Sketch | Pending | Exception) -> Sketch | Exception:
@@ -138,6 +138,7 @@ def _is_launched_with_others(tensor: torch.Tensor) -> bool:
         and tensor.numel() > 0
         and tensor.is_contiguous()
         and not tensor.is_neg()
+        and not tensor.is_nested
         and tensor.data_ptr() != 0  # its storage is freed
         and can_hide()
     )

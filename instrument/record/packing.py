@@ -48,10 +48,10 @@ class SketchStore(Mapping[str, "Sketch"]):
         2.0
     """
 
-    __slots__ = ("_loose", "_packed", "_sketches", "_statistics", "_tags")
+    __slots__ = ("_loose", "_packed", "_places", "_sketches", "_statistics")
 
     def __init__(self, sketches: Mapping[str, Sketch | Pending]) -> None:
-        self._tags = tuple(sketches)
+        self._places = _places_of(tuple(sketches))
         self._loose: dict[str, Sketch | Pending] | None = dict(sketches)
         self._sketches: Sketches | None = None
         self._packed: _Packed | None = None
@@ -64,21 +64,21 @@ class SketchStore(Mapping[str, "Sketch"]):
             if not isinstance(found, Sketch):
                 found = loose[tag] = found.sketch()
             return found
-        place = _places_of(self._tags)[tag]
+        place = self._places[tag]
         if sketches is not None:
             return sketches[place]
         assert self._packed is not None
         return self._packed[place]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tags)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._tags)
+        return len(self._places)
 
     def __contains__(self, tag: object) -> bool:
         loose = self._loose
-        return tag in (loose if loose is not None else _places_of(self._tags))
+        return tag in (loose if loose is not None else self._places)
 
     def as_they_are(self) -> dict[str, Sketch | Pending]:
         """Tag to sketch, or to what will give it, where nobody has read it yet."""
@@ -98,9 +98,10 @@ class SketchStore(Mapping[str, "Sketch"]):
             yield_lock()
             parts.append(gathered(itertools.islice(items, SLICE)))
         sketches = Sketches.joined(parts)
-        if self._packed is None:
-            self._sketches = sketches
+        self._sketches = sketches
         self._loose = None
+        if self._packed is not None:
+            self._sketches = None
         return sketches
 
     def statistics(self) -> FloatArray:

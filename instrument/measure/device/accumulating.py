@@ -69,7 +69,7 @@ def _as_floats(piece: torch.Tensor) -> torch.Tensor:
     if piece.dtype not in FLOATS:
         is_wide = piece.dtype in (torch.int32, torch.int64, torch.uint32, torch.uint64)
         piece = piece.to(torch.float64 if is_wide else torch.float32)
-    return piece.reshape(-1)
+    return piece.reshape(-1).contiguous()  # of a strided tensor `reshape` may make a view
 
 
 def _accumulate_plainly(values: torch.Tensor, codes: torch.Tensor, moments: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from instrument.measure.device.accumulating import on
 from instrument.measure.device.edge import edge_for
 from instrument.measure.device.rows import NEW_MOMENTS, sketches_of_rows
 from instrument.measure.sketch import Sketch
@@ -24,7 +25,8 @@ class Marked:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
         edge = edge_for(tensor.device)
-        self._done = edge.mark() if edge is not None else None
+        with on(tensor.device):
+            self._done = edge.mark() if edge is not None else None
 
     @property
     def is_there(self) -> bool:
