@@ -65,7 +65,8 @@ for dtype in TYPES:
     for later, tensor in zip(together, small, strict=True):
         assert_same(later.sketch(), measure(tensor))
         checked += 1
-for tensor in (torch.arange(300), torch.tensor([True, False]), torch.ones(3, 1).expand(3, 5), torch.eye(4).to_sparse()):
+matrix = torch.arange(60.0).view(20, 3)
+for tensor in (matrix[:, 0], matrix[:, :1].expand(-1, 4), torch.arange(40.0)[::2], torch.arange(300), torch.tensor([True, False]), torch.ones(3, 1).expand(3, 5), torch.eye(4).to_sparse()):
     with Unseen():
         later = DeviceBatch(cpu, Queue()).add(readable(tensor))
     assert_same(later.sketch(), measure(tensor))
@@ -83,5 +84,5 @@ def test_the_kernels_give_the_codes_of_the_cpu_engine() -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     counted = json.loads(result.stdout)
-    assert counted["checked"] == 4 * (17 + 36) + 4
+    assert counted["checked"] == 4 * (17 + 36) + 7
     assert counted["launches"] >= 4 * 17
