@@ -277,7 +277,7 @@ class TestNonFinite:
 def test_a_learning_rate_that_is_too_high_is_named(tmp_path: Path) -> None:
     """Steps of a good part of the weights, fifty in a row, are told for each matrix, and for no vector."""
     model = perceptron(nn.Tanh)
-    # At 0.3 the smallest step was 1.7 to 2.3 % of the weights, by the processor; at 3 it is 3.8 %, and 2 % is the bound.
+    # At 0.3 the smallest step is about the bound of 2 %, on this side or that by the processor; at 3 it is 3.8 %.
     found = named(train(model, adamw(model, lr=3.0), 60, tmp_path).findings(), "update_ratio")
     assert {finding.site for finding in found} == {Site("updates", f"{layer}.weight") for layer in (0, 2, 4)}
     assert all(finding.level == Level.WARN and finding.step == 49 for finding in found)
