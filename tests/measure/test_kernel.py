@@ -67,7 +67,8 @@ for dtype in TYPES:
         checked += 1
 matrix = torch.arange(60.0).view(20, 3)
 strided = (matrix[:, 0], matrix[:, :1].expand(-1, 4), torch.arange(40.0)[::2])
-for tensor in (*strided, torch.arange(300), torch.tensor([True, False]), torch.ones(3, 1).expand(3, 5), torch.eye(4).to_sparse()):
+others = (torch.arange(300), torch.tensor([True, False]), torch.ones(3, 1).expand(3, 5), torch.eye(4).to_sparse())
+for tensor in strided + others:
     with Unseen():
         later = DeviceBatch(cpu, Queue()).add(readable(tensor))
     assert_same(later.sketch(), measure(tensor))
