@@ -79,12 +79,14 @@ class DeviceBatch:
         """
         if self._edge.is_capturing():
             raise CapturingError
-        if not self._vacant:
-            block = self._new_block(_ROWS)
-            codes, moments = block[:, :CODES].unbind(0), moments_of(block).unbind(0)
-            self._vacant = list(zip(codes, moments, strict=True))[::-1]
-        row = self._used - len(self._vacant)
-        accumulate(values, *self._vacant.pop())
+        with self._lock:  # to make a block gives the interpreter lock up
+            if not self._vacant:
+                block = self._new_block(_ROWS)
+                codes, moments = block[:, :CODES].unbind(0), moments_of(block).unbind(0)
+                self._vacant = list(zip(codes, moments, strict=True))[::-1]
+            row = self._used - len(self._vacant)
+            accumulators = self._vacant.pop()
+        accumulate(values, *accumulators)
         return DeviceSketch(self, row)
 
     def add_many(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch]:
