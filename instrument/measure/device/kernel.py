@@ -24,10 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["TABLE_COLUMNS", "accumulate_runs", "accumulate_values", "runs_of"]
-
-TABLE_COLUMNS = 3
-"""Columns of a table of runs: address of the first value, number of values, and row of accumulators."""
+__all__ = ["accumulate_runs", "accumulate_values", "runs_of"]
 
 _WARPS = 8
 _ROW_BYTES = 16
@@ -76,19 +73,15 @@ def _new_counts(IS_SHARED: tl.constexpr):
     if IS_SHARED:
         zero = tl.program_id(0) * 0
         counts = tl.inline_asm_elementwise(_RESERVE, "=r,r", [zero], dtype=tl.int32, is_pure=False, pack=1)
-        slots = counts + 4 * tl.arange(0, _CODES)
-        tl.inline_asm_elementwise(_CLEAR, "=r,r", [slots], dtype=tl.int32, is_pure=False, pack=1)
-        tl.debug_barrier()
     else:
         counts = tl.zeros((_CODES,), tl.int32)
-    return counts
+    return _cleared(counts, IS_SHARED)
 
 
 @triton.jit
 def _cleared(counts, IS_SHARED: tl.constexpr):
-    """The counts at zero again."""
+    """The counts at zero; no thread may be counting meanwhile."""
     if IS_SHARED:
-        tl.debug_barrier()
         slots = counts + 4 * tl.arange(0, _CODES)
         tl.inline_asm_elementwise(_CLEAR, "=r,r", [slots], dtype=tl.int32, is_pure=False, pack=1)
         tl.debug_barrier()
@@ -193,6 +186,8 @@ def _measure_run(
     else:
         is_plain = is_plain & (tl.min(least, 0) >= 0x1FFFFF)
     if not is_plain:
+        if IS_SHARED:
+            tl.debug_barrier()
         counts = _cleared(counts, IS_SHARED)
     # What is not plain is read again, with care; so is what is left behind the last whole block.
     few: tl.constexpr = FEW_ROWS * COLUMNS
@@ -285,7 +280,7 @@ def runs_of(
         itemsize: Bytes an element.
 
     Returns:
-        Of shape (runs, `TABLE_COLUMNS`).
+        Of shape (runs, 3): address of the first value, number of values, and row of accumulators.
     """
     run = _run_length(int(sizes.sum()), 4)
     counts = -(-sizes // run)
