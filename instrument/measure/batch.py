@@ -54,7 +54,7 @@ def measure_many(tensors: Iterable[torch.Tensor]) -> list[Sketch | Exception]:
     """Measure several tensors; small ones together, for a few microseconds each.
 
     Args:
-        tensors: As for `measure`. They may be made one by one: large ones are not held.
+        tensors: As for `measure`. They may be made one by one: large ones are not held, on a GPU few of them.
 
     Returns:
         For each tensor its sketch, which is that of `measure`, or the exception that `measure` raises.
@@ -82,10 +82,10 @@ def measure_later(
     """Measure several tensors as they are now; small ones are copied, for a microsecond each, and measured on demand.
 
     Args:
-        tensors: As for `measure`. They may be made one by one: large ones are not held.
+        tensors: As for `measure`. On the CPU large ones are not held; on a GPU they are until the launch.
         sample_above: As for `measure`.
         devices: Where those on a GPU wait until they are sent; without it, until they are asked for.
-        are_made_for_us: Whether nobody else holds the tensors, so that those on a GPU are not to wait for many others.
+        are_made_for_us: Whether nobody else holds the tensors; those on a GPU then wait for few others.
 
     Returns:
         For each tensor its sketch, or what will give it, or the exception that `measure` raises.

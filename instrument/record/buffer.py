@@ -114,6 +114,9 @@ class StepRecord(Mapping[str, Sketch]):
     def __getitem__(self, tag: str) -> Sketch:
         return self._sketches[tag]
 
+    def __contains__(self, tag: object) -> bool:
+        return tag in self._sketches  # without making the sketch, for which a device would have to be waited for
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._sketches)
 

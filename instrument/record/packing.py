@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from instrument.measure.columns import Sketches, made_sketch
+from instrument.measure.columns import Sketches
 from instrument.measure.histogram import FloatArray, IntArray
 from instrument.measure.pending import Pending, gathered
 from instrument.measure.sketch import Sketch
@@ -140,18 +140,15 @@ class _Packed:
             self._parts.append(_packed(sketches.part(start, min(start + PART, len(sketches)))))
 
     def __getitem__(self, place: int) -> Sketch:
-        codes, counts, ends = _unpacked(self._parts[place // PART])
-        within = place % PART
-        own = slice(int(ends[within - 1]) if within else 0, int(ends[within]))
-        return made_sketch(codes[own].copy(), counts[own].copy(), self._numbers[place].tolist())
+        return self._part(place // PART)[place % PART]
 
     def unpacked(self) -> Sketches:
         """All of them."""
-        parts = []
-        for number, part in enumerate(self._parts):
-            start = number * PART
-            parts.append(Sketches(*_unpacked(part), self._numbers[start : start + PART]))
-        return Sketches.joined(parts)
+        return Sketches.joined([self._part(number) for number in range(len(self._parts))])
+
+    def _part(self, number: int) -> Sketches:
+        start = number * PART
+        return Sketches(*_unpacked(self._parts[number]), self._numbers[start : start + PART])
 
 
 _HEADER = 2

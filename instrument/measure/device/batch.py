@@ -59,7 +59,7 @@ class DeviceBatch:
         self.is_sent = False
         self._edge = edge
         self._used = 0
-        self._vacant: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._vacant: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self._host: torch.Tensor | None = None
         self._done: Done | None = None
         self._found: Sketches | None = None
@@ -81,12 +81,11 @@ class DeviceBatch:
             raise CapturingError
         with self._lock:  # to make a block gives the interpreter lock up
             if not self._vacant:
-                block = self._new_block(_ROWS)
-                codes, moments = block[:, :CODES].unbind(0), moments_of(block).unbind(0)
-                self._vacant = list(zip(codes, moments, strict=True))[::-1]
-            row = self._used - len(self._vacant)
-            accumulators = self._vacant.pop()
-        accumulate(values, *accumulators)
+                first, block = self._new_block(_ROWS)
+                rows = range(first, first + _ROWS), block[:, :CODES].unbind(0), moments_of(block).unbind(0)
+                self._vacant = list(zip(*rows, strict=True))[::-1]
+            row, codes, moments = self._vacant.pop()
+        accumulate(values, codes, moments)
         return DeviceSketch(self, row)
 
     def add_many(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch]:
@@ -106,8 +105,7 @@ class DeviceBatch:
         sizes = np.array([tensor.numel() for tensor in tensors])
         addresses = np.array([tensor.data_ptr() for tensor in tensors])
         numbers, is_aligned = np.arange(len(tensors)), addresses % 16 == 0
-        self._vacant = []
-        first, block = self._used, self._new_block(len(tensors))
+        first, block = self._new_block(len(tensors))
         with on(self.device):
             for aligned in (True, False):
                 of = np.flatnonzero(is_aligned == aligned)
@@ -155,15 +153,17 @@ class DeviceBatch:
                 self._host = self._done = None
             return self._found
 
-    def _new_block(self, rows: int) -> torch.Tensor:
-        """A block of accumulators of nothing, behind those there are."""
+    def _new_block(self, rows: int) -> tuple[int, torch.Tensor]:
+        """A block of accumulators of nothing, behind those there are, and the number of its first row."""
         block = torch.zeros((rows, WIDTH), dtype=torch.int64, device=self.device)
         moments = moments_of(block)
         for column, value in enumerate(NEW_MOMENTS[3:], 3):
             moments[:, column].fill_(value)
-        self.blocks.append(block)
-        self._used += rows
-        return block
+        with self._lock:
+            first = self._used
+            self.blocks.append(block)
+            self._used += rows
+        return first, block
 
 
 class DeviceSketch:

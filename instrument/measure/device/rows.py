@@ -6,12 +6,10 @@ once it takes 5.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
-from instrument.measure.columns import FIELDS, Sketches
+from instrument.measure.columns import Sketches
 from instrument.measure.histogram import CODES, INF_CODE, SIGN
 from instrument.measure.sketch import MOMENTS, empty_moments
 
@@ -20,7 +18,7 @@ __all__ = ["NEW_MOMENTS", "WIDTH", "moments_of", "sketches_of_rows"]
 WIDTH = CODES + 8
 """Columns of a row of accumulators: codes, moments in the bits of float64, and room to keep rows aligned."""
 
-NEW_MOMENTS = (0.0, 0.0, 0.0, math.inf, -math.inf)
+NEW_MOMENTS = tuple(empty_moments().tolist())
 """Moments of nothing."""
 
 
@@ -45,7 +43,6 @@ def sketches_of_rows(rows: torch.Tensor) -> Sketches:
     present = (found_at & (CODES - 1)).astype(np.uint16)
     infs = codes[:, INF_CODE] + codes[:, SIGN + INF_CODE]
     nans = codes[:, INF_CODE + 1 : SIGN].sum(axis=1) + codes[:, SIGN + INF_CODE + 1 :].sum(axis=1)
-    numbers = np.empty((len(rows), len(FIELDS)))
-    numbers[:, :4], numbers[:, 4] = moments[:, 1:], moments[:, 0]
-    numbers[:, 5], numbers[:, 6], numbers[:, 7], numbers[:, 8] = codes[:, 0] + codes[:, SIGN], nans, infs, 1.0
+    zeros, share = codes[:, 0] + codes[:, SIGN], np.ones(len(rows))
+    numbers = np.column_stack((moments[:, 1:], moments[:, 0], zeros, nans, infs, share))  # as `FIELDS` are
     return Sketches(present, codes[found_at // CODES, present], ends, numbers)
