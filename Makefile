@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-WHAT := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+WHAT := $(shell cat pyproject.toml constraints.txt instrument/measure/native/engine.c | cksum | cut -d' ' -f1)
 STAMP := .venv/.ready-$(WHAT)
 TRAINERS := .venv-integrations
 TRAINERS_STAMP := $(TRAINERS)/.ready-$(WHAT)

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 
 from instrument.errors import InstrumentError
+from instrument.measure import native
 from instrument.measure.columns import Sketches
 from instrument.measure.cpu import BLOCK, copy_flat
 from instrument.measure.custom_op import measure
 from instrument.measure.device import FLOATS, Devices, edge_for
+from instrument.measure.histogram import IntArray
 from instrument.measure.pending import Pending
 from instrument.measure.segments import sketches_of
 from instrument.measure.sketch import Sketch
@@ -264,15 +266,22 @@ class _Group:
                         if self._flat is None:
                             self.copy()
                         assert self._flat is not None
-                        flat = self._flat
-                        if flat.dtype is not torch.float32:
-                            flat = torch.empty(flat.shape, dtype=torch.float32)
-                            copy_flat(self._flat, flat)
-                        self._measured = sketches_of(flat.numpy(), np.array(self._lengths))
+                        self._measured = _measured_together(self._flat, np.array(self._lengths))
                     except Exception as error:
                         self._measured = error
                     self._flat = None
         return self._measured
+
+
+def _measured_together(flat: torch.Tensor, lengths: IntArray) -> Sketches:
+    """Sketches of values that stand one tensor behind the other."""
+    if native.can_measure(flat):
+        return native.sketches_of(flat, lengths)
+    single = flat
+    if flat.dtype is not torch.float32:
+        single = torch.empty(flat.shape, dtype=torch.float32)
+        copy_flat(flat, single)
+    return sketches_of(single.numpy(), lengths)
 
 
 class Batch:

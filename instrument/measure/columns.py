@@ -16,7 +16,7 @@ import numpy.typing as npt
 from instrument.measure.histogram import INF_CODE, FloatArray, IntArray
 from instrument.measure.sketch import Sketch
 
-__all__ = ["FIELDS", "Sketches"]
+__all__ = ["FIELDS", "Sketches", "made"]
 
 FIELDS = (
     "total", "total_squares", "low", "high", "count", "zero_count", "nan_count", "inf_count", "histogram_share"
@@ -87,7 +87,7 @@ class Sketches:
         start = int(self.ends[index - 1]) if index else 0
         # Copies: a sketch that somebody keeps would keep all of them, and its arrays may be changed.
         own = slice(start, int(self.ends[index]))
-        return _made(self.codes[own].copy(), self.counts[own].copy(), self.numbers[index].tolist())
+        return made(self.codes[own].copy(), self.counts[own].copy(), self.numbers[index].tolist())
 
     def __iter__(self) -> Iterator[Sketch]:
         return map(self.__getitem__, range(len(self)))
@@ -126,7 +126,7 @@ class Sketches:
         return Sketches(self.codes[wanted], self.counts[wanted], ends, self.numbers)
 
 
-def _made(codes: npt.NDArray[np.uint16], counts: IntArray, numbers: Sequence[float]) -> Sketch:
+def made(codes: npt.NDArray[np.uint16], counts: IntArray, numbers: Sequence[float]) -> Sketch:
     """A sketch of its codes, counts and `FIELDS`; a frozen dataclass itself sets its fields by one slow call each."""
     sketch = object.__new__(Sketch)
     fields = dict(zip(FIELDS, numbers, strict=True))

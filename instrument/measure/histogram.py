@@ -264,6 +264,26 @@ def pure_codes(single: npt.NDArray[np.float32], exact: npt.NDArray[Any]) -> IntA
     return codes
 
 
+def spread(counts: IntArray, zeros: int, others: int) -> IntArray | None:
+    """Counts of a sample as whole numbers that sum to the counts of all: so many zeros, and so many others.
+
+    Args:
+        counts: Int64 of shape (4096,); those of zeros are cleared.
+        zeros: Zeros among all values.
+        others: Other values.
+
+    Returns:
+        Int64 of shape (4096,); None where the sample has none of those that are not zero, though there are some.
+    """
+    counts[0] = counts[SIGN] = 0
+    below = np.cumsum(counts)
+    if others and not below[-1]:
+        return None
+    found: IntArray = np.diff(np.rint(below * (others / max(1, int(below[-1])))), prepend=0.0).astype(np.int64)
+    found[0] = zeros
+    return found
+
+
 def _code_of(magnitudes: FloatArray) -> npt.NDArray[np.intp]:
     """Codes without sign of magnitudes that are not zero."""
     single = np.clip(magnitudes, 0.0, np.finfo(np.float32).max).astype(np.float32)

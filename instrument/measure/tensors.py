@@ -151,8 +151,7 @@ def chunks(tensor: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
     """
     if tensor.numel() == 0:
         return
-    if not tensor.is_contiguous():
-        tensor = _by_memory(tensor)
+    tensor = in_memory_order(tensor)
     if tensor.is_contiguous():
         flat = tensor.view(-1)
         yield from flat.split(size) if flat.numel() > size else (flat,)
@@ -160,8 +159,10 @@ def chunks(tensor: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
     yield from _slices(tensor, size)
 
 
-def _by_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The same elements with dimensions ordered from the widest stride to the narrowest."""
+def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements with dimensions ordered from the widest stride to the narrowest; a view."""
+    if tensor.is_contiguous():
+        return tensor
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return tensor.permute(order)
 

@@ -30,7 +30,7 @@ from instrument.capture.patterns import Pattern
 from instrument.errors import UnmeasurableError
 from instrument.measure.slopes import Slopes, slopes_named, slopes_of
 from instrument.measure.tensors import whole
-from instrument.measure.units import DeviceTally, Extent, UnitTally, extent_of, tally_rows, tally_units
+from instrument.measure.units import DeviceTally, Extent, UnitTally, extent_of, tally_plain, tally_rows
 from instrument.torch_private import Unseen, can_hide, children_of, parameters_of, version_of
 
 __all__ = ["UnitJudge"]
@@ -213,14 +213,14 @@ class UnitJudge:
             with Unseen():
                 plain = whole(tensor)
                 if not plain.is_cpu or not plain.numel():
-                    return tally_units(plain, axis, slopes)
+                    return tally_plain(plain, axis, slopes)
                 known = self._known
                 if known is not None and known[0]() is tensor and known[1:3] == (version_of(tensor), axis):
-                    return tally_units(plain, axis, slopes, known[3])
+                    return tally_plain(plain, axis, slopes, known[3])
                 extent = extent_of(plain, axis)
                 if type(tensor) is torch.Tensor and not tensor.is_inference():
                     self._known = weakref.ref(tensor), version_of(tensor), axis, extent
-                return tally_units(plain, axis, slopes, extent)
+                return tally_plain(plain, axis, slopes, extent)
         except UnmeasurableError:
             return None
 

@@ -163,7 +163,9 @@ def test_merged_records_are_those_of_the_whole_batch(pair: Pair, tmp_path: Path)
         merged, expected = first["history"][0][f"Activations/{name}"], instrument.measure(output)
         assert merged.codes.tolist() == expected.codes.tolist()
         assert merged.counts.tolist() == expected.counts.tolist()
-        assert (merged.count, merged.min, merged.max) == (expected.count, expected.min, expected.max)
+        assert merged.count == expected.count
+        # Of a batch by halves a product of matrices is rounded in another order on some processors.
+        assert (merged.min, merged.max) == pytest.approx((expected.min, expected.max), rel=1e-6)
         assert abs(merged.rms - expected.rms) <= 1e-12 * expected.rms
     assert first["history"][0]["Parameters/0.weight"].count == 8 * 4
     assert first["history"] == second["history"], "every rank has the merged records"

@@ -15,6 +15,8 @@ from instrument.measure.custom_op import measure
 from instrument.measure.narrow import MANY
 from instrument.measure.sketch import merge_all
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 EXACT = ("count", "low", "high", "zero_count", "nan_count", "inf_count", "total", "total_squares")
 
 

@@ -17,6 +17,8 @@ from instrument.measure.sketch import Sketch, merge_all
 
 from .twin import assert_measures
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
 DOUBLES = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True)
 

@@ -12,6 +12,8 @@ import torch
 from instrument import Sketch, measure
 from instrument.measure.cpu import BLOCK
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 SIZE = 4 * BLOCK + 17
 
 

@@ -20,10 +20,13 @@ from instrument.measure.units import (
     extent_of,
     merge_tallies,
     tally_on_device,
+    tally_plain,
     tally_rows,
     tally_units,
 )
 from instrument.torch_private import Unseen
+
+pytestmark = pytest.mark.usefixtures("engine")
 
 FUNCTIONS = ["relu", "relu6", "tanh", "gelu", "sigmoid", "logsigmoid", "leaky_relu", None]
 
@@ -221,7 +224,7 @@ def test_known_ranges_are_used() -> None:
     """Ranges that were found before for the same tensor give the same tally."""
     z = sample((50, 12), 1)
     with Unseen():
-        found = tally_units(z, 1, slopes_named("tanh"), extent_of(z, 1))
+        found = tally_plain(z, 1, slopes_named("tanh"), extent_of(z, 1))
     assert isinstance(found, UnitTally)
     same(found, tally(z, 1, "tanh"))
 

@@ -1,6 +1,6 @@
 """Units: what each output feature of a module did, tallied in one pass and merged exactly."""
 
-from instrument.measure.units.reduce import Extent, extent_of, tally_on_device, tally_rows, tally_units
+from instrument.measure.units.reduce import Extent, extent_of, tally_on_device, tally_plain, tally_rows, tally_units
 from instrument.measure.units.tally import BoolArray, DeviceTally, UnitTally, Witness, merge_tallies
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "extent_of",
     "merge_tallies",
     "tally_on_device",
+    "tally_plain",
     "tally_rows",
     "tally_units",
 ]

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from instrument.measure.histogram import FloatArray
+from instrument.measure import native
+from instrument.measure.histogram import FloatArray, IntArray
 from instrument.measure.slopes import Slopes, Tails
 from instrument.measure.tensors import whole
 from instrument.measure.units.tally import BoolArray, DeviceTally, UnitTally
@@ -33,6 +33,7 @@ __all__ = [
     "Extent",
     "extent_of",
     "tally_on_device",
+    "tally_plain",
     "tally_rows",
     "tally_units",
 ]
@@ -92,6 +93,11 @@ def extent_of(tensor: torch.Tensor, axis: int) -> Extent:
     Returns:
         The ranges.
     """
+    cube = _dense_cube(tensor, axis)
+    if cube is not None:
+        samples = math.prod(tensor.shape[:axis])
+        smallest, largest, squares = native.ranges_of(cube, _every(*cube.shape))
+        return Extent(samples, smallest.astype(np.float64), largest.astype(np.float64), squares)
     values = _values(tensor, axis)
     samples, units, positions = values.shape
     if positions == 1:
@@ -107,9 +113,25 @@ def extent_of(tensor: torch.Tensor, axis: int) -> Extent:
     return Extent(samples, low.astype(np.float64), high.astype(np.float64), squares)
 
 
-def tally_units(
-    tensor: torch.Tensor, axis: int, slopes: Slopes | None, known: Extent | None = None
-) -> UnitTally | DeviceTally:
+def _dense_cube(tensor: torch.Tensor, axis: int) -> torch.Tensor | None:
+    """Samples, units and positions where `native` can read them; of channels last, positions are samples."""
+    if not native.is_there():
+        return None
+    cube = _cube(tensor, axis)
+    if cube.shape[2] > 1 and tensor.stride(axis) == 1:
+        cube = cube.transpose(1, 2).reshape(-1, tensor.shape[axis], 1)
+    return cube if native.can_measure(cube) else None
+
+
+def _every(samples: int, units: int, positions: int) -> tuple[int, int, int]:
+    """Of how many samples, units and positions one is looked at for the scale: `SCALE_SAMPLE` values or fewer."""
+    every = max(1, samples // 8)
+    across = math.ceil(units * positions * math.ceil(samples / every) / SCALE_SAMPLE)
+    along = min(across, max(1, positions // 8))
+    return every, math.ceil(across / along), along
+
+
+def tally_units(tensor: torch.Tensor, axis: int, slopes: Slopes | None) -> UnitTally | DeviceTally:
     """Tally the units of one tensor; call it under `Unseen`.
 
     Args:
@@ -117,7 +139,6 @@ def tally_units(
         axis: Dimension of the units; those before it are samples, those behind it positions within a sample, and a
             sample is flat where all its positions are.
         slopes: Where the nonlinearity is flat; without it, only ranges are found.
-        known: Ranges of this very tensor, where they were found before.
 
     Returns:
         The tally, or what will give it, for tensors on other devices.
@@ -129,7 +150,20 @@ def tally_units(
         >>> tally_units(torch.tensor([[1.0, 5.0], [2.0, 5.0]]), 1, None).high.tolist()
         [2.0, 5.0]
     """
-    tensor = whole(tensor)
+    return tally_plain(whole(tensor), axis, slopes)
+
+
+def tally_plain(
+    tensor: torch.Tensor, axis: int, slopes: Slopes | None, known: Extent | None = None
+) -> UnitTally | DeviceTally:
+    """The same of a tensor as `whole` gives it.
+
+    Args:
+        tensor: As `whole` gives it.
+        axis: As in `tally_units`.
+        slopes: As in `tally_units`.
+        known: Ranges of this very tensor, where they were found before.
+    """
     function = slopes.function if slopes is not None else None
     if not tensor.numel():
         return UnitTally.empty(tensor.shape[axis], function)
@@ -142,8 +176,7 @@ def tally_units(
     if slopes is not None:
         if slopes.is_piecewise_linear:
             never_flat = (low > slopes.flat.low) & (high < slopes.flat.high)
-        is_flat = _is_flat(_subset(_values(tensor, axis), tensor.shape[:axis]), slopes.flat)
-        counted, flat = len(is_flat), np.add.reduce(is_flat.view(np.uint8), axis=0, dtype=np.uint8).astype(np.int64)
+        counted, flat = _flat_samples(tensor, axis, slopes.flat)
         dead_flat = (high <= slopes.dead.low) | (low >= slopes.dead.high)
         torn = np.flatnonzero((low <= slopes.dead.low) & (high >= slopes.dead.high) & ~dead_flat & (flat == counted))
         if torn.size:  # in one tail or the other, as far as is known: the values between must be looked for
@@ -305,12 +338,18 @@ def _square_mean(sample: _Values) -> float:
         return float(np.dot(exact, exact)) / exact.size
 
 
-def _subset(values: _Values, leading: Sequence[int]) -> _Floats:
-    """The samples whose flatness is counted, of shape (s, u, p)."""
-    step = math.ceil(len(values) / (COUNTED if values.shape[2] == 1 else COUNTED_IMAGES))
+def _flat_samples(tensor: torch.Tensor, axis: int, tails: Tails) -> tuple[int, IntArray]:
+    """How many samples were looked at, and on how many of them each unit was flat."""
+    leading = tensor.shape[:axis]
+    samples = math.prod(leading)
+    cube = _cube(tensor, axis)
+    step = math.ceil(samples / (COUNTED if cube.shape[2] == 1 else COUNTED_IMAGES))
     while step > 1 and any(math.gcd(step, size) != 1 for size in leading):
         step += 1
-    return _floats(values[::step])
+    if native.can_measure(cube):
+        return math.ceil(samples / step), native.flat_of(cube, step, tails.low, tails.high)
+    is_flat = _is_flat(_floats(_host(cube)[::step]), tails)
+    return len(is_flat), np.add.reduce(is_flat.view(np.uint8), axis=0, dtype=np.uint8).astype(np.int64)
 
 
 def _is_flat(values: _Floats, tails: Tails) -> BoolArray:
