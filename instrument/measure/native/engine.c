@@ -43,6 +43,7 @@ enum { FLOAT32, BFLOAT16 };
 #define SIGN 2048
 #define CODE_SHIFT 20
 #define INF_BITS 0x7F800000u
+#define NAN_BITS 0x7FC00000u
 #define INF_CODE 0x7F8
 #define NAN_CODE 0x7FC
 #define TABLES 4
@@ -312,60 +313,97 @@ WIDE EXPORT int64_t instrument_sketches(
     return used;
 }
 
-PART float least_of(float value, float least)
+/* Floating point as whole numbers of the same order, with NaN of either sign beyond either infinity: their extremes are
+ * found in whatever order, and the compiler makes vectors of that. The same function leads back. */
+PART int32_t ordered(int32_t bits)
 {
-    return (value < least) | (value != value) ? value : least; /* NaN stays */
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF);
 }
 
-PART float most_of(float value, float most)
+PART int32_t ordered_value(float value)
 {
-    return (value > most) | (value != value) ? value : most;
+    return ordered((int32_t)bits_of(value));
+}
+
+typedef struct {
+    int32_t low, high;
+} Range;
+
+/* The range of a run, and of what there was before. */
+PART Range widened(Range range, const float *x, int64_t size)
+{
+    int32_t low = range.low, high = range.high;
+    int64_t i;
+
+    for (i = 0; i < size; i++) {
+        int32_t value = ordered_value(x[i]);
+        low = value < low ? value : low;
+        high = value > high ? value : high;
+    }
+    range.low = low, range.high = high;
+    return range;
+}
+
+/* The same element by element. */
+PART void widen(int32_t *low, int32_t *high, const float *x, int64_t size)
+{
+    int64_t i;
+
+    for (i = 0; i < size; i++) {
+        int32_t value = ordered_value(x[i]);
+        low[i] = value < low[i] ? value : low[i];
+        high[i] = value > high[i] ? value : high[i];
+    }
 }
 
 /* Smallest and largest value of each unit of samples, units and positions, NaN where one was NaN. Returns the mean square
  * of the values of every so many samples, units and positions. */
 WIDE EXPORT double instrument_ranges(
     const void *data, int kind, int64_t samples, int64_t units, int64_t positions,
-    int64_t every_sample, int64_t every_unit, int64_t every_position, float *low, float *high)
+    int64_t every_sample, int64_t every_unit, int64_t every_position, int32_t *low, int32_t *high)
 {
+    const int32_t least = ordered_value(-INFINITY), most = ordered_value(INFINITY);
     float room[RUN];
+    int32_t lows[RUN], highs[RUN];
     double squares = 0, looked_at = 0;
-    int64_t width = units * positions, row, start, i, k;
+    int64_t width = units * positions, size = samples * width, start, length, i, k, row;
 
     for (i = 0; i < units; i++)
-        low[i] = INFINITY, high[i] = -INFINITY;
-    for (row = 0; row < samples; row++)
-        for (start = 0; start < width; start += RUN) {
-            int64_t length = width - start < RUN ? width - start : RUN;
-            const float *x = run_of(data, kind, row * width + start, length, room);
-            if (positions == 1) {
-                for (i = 0; i < length; i++) {
-                    low[start + i] = least_of(x[i], low[start + i]);
-                    high[start + i] = most_of(x[i], high[start + i]);
-                }
-                continue;
-            }
-            for (i = 0; i < length;) {
-                int64_t unit = (start + i) / positions, rest = (unit + 1) * positions - start - i;
-                int64_t stop = rest < length - i ? i + rest : length;
-                float least[LANES], most[LANES];
-                for (k = 0; k < LANES; k++)
-                    least[k] = low[unit], most[k] = high[unit];
-                for (; i + LANES <= stop; i += LANES)
-                    for (k = 0; k < LANES; k++) {
-                        least[k] = least_of(x[i + k], least[k]);
-                        most[k] = most_of(x[i + k], most[k]);
-                    }
-                for (k = 0; i < stop; i++, k++) {
-                    least[k] = least_of(x[i], least[k]);
-                    most[k] = most_of(x[i], most[k]);
-                }
-                for (k = 0; k < LANES; k++) {
-                    low[unit] = least_of(least[k], low[unit]);
-                    high[unit] = most_of(most[k], high[unit]);
-                }
-            }
+        low[i] = INT32_MAX, high[i] = INT32_MIN;
+    if (positions > 1) {
+        for (start = 0; start < size; start += length) {
+            int64_t rest = positions - start % positions, unit = start / positions % units;
+            Range range = {low[unit], high[unit]};
+            length = rest < RUN ? rest : RUN;
+            range = widened(range, run_of(data, kind, start, length, room), length);
+            low[unit] = range.low, high[unit] = range.high;
         }
+    } else if (width > RUN / 2) {
+        for (row = 0; row < samples; row++)
+            for (start = 0; start < width; start += RUN) {
+                length = width - start < RUN ? width - start : RUN;
+                widen(low + start, high + start, run_of(data, kind, row * width + start, length, room), length);
+            }
+    } else {
+        /* Short rows side by side: a loop of a few elements takes longer to begin than to run. */
+        int64_t together = RUN / width * width;
+        for (i = 0; i < together; i++)
+            lows[i] = INT32_MAX, highs[i] = INT32_MIN;
+        for (start = 0; start < size; start += together) {
+            length = size - start < together ? size - start : together;
+            widen(lows, highs, run_of(data, kind, start, length, room), length);
+        }
+        for (start = 0; start < together; start += width)
+            for (i = 0; i < width; i++) {
+                low[i] = lows[start + i] < low[i] ? lows[start + i] : low[i];
+                high[i] = highs[start + i] > high[i] ? highs[start + i] : high[i];
+            }
+    }
+    for (i = 0; i < units; i++) {
+        int is_nan = low[i] < least || high[i] > most;
+        low[i] = is_nan ? (int32_t)NAN_BITS : ordered(low[i]);
+        high[i] = is_nan ? (int32_t)NAN_BITS : ordered(high[i]);
+    }
     for (row = 0; row < samples; row += every_sample)
         for (i = 0; i < units; i += every_unit)
             for (k = 0; k < positions; k += every_position) {
