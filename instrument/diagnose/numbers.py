@@ -19,6 +19,7 @@ from instrument.record.tags import COUNTS, Tag, parse_tag
 
 __all__ = ["Numbers"]
 
+_NO_ROWS: IntArray = np.empty(0, np.intp)
 _PLACES = {statistic: place for place, statistic in enumerate(COLUMNS)}
 
 
@@ -84,6 +85,15 @@ class Numbers(Mapping[Tag, float]):
         if is_known.all():
             return _Column(names, values)
         return dict(itertools.compress(zip(names, values.tolist(), strict=True), is_known.tolist()))
+
+    def rows(self, kind: str) -> IntArray:
+        """The rows of a kind in the table."""
+        return self._layout.rows.get(kind, _NO_ROWS)
+
+    def above_zero(self, kind: str, statistic: str) -> Iterator[str]:
+        """Names of the sites of a kind whose statistic is above zero."""
+        is_above = self._table[self.rows(kind), _PLACES[statistic]] > 0
+        return itertools.compress(self._layout.names.get(kind, ()), is_above.tolist())
 
     def further(self) -> Mapping[Tag, float]:
         """The numbers that are not of the table."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -126,16 +126,13 @@ class Reading:
         tags = tuple(record)
         numbers = Numbers(tags, record.statistics(), {})
         further: dict[Tag, float] = {}
-        known: dict[str, ParameterTraits] = {}
-        for tag, traits in record.traits.items():
+        known, narrow = _about(record.traits)
+        for tag in narrow:
             kind, _, name = _parsed(tag)
-            if kind == "parameters":
-                known[name] = ParameterTraits(traits.ndim, traits.requires_grad)
-            if _is_narrow(traits.dtype):
-                further.update(_of_narrow(kind, name, record[tag], traits))
-        squares = [record[tag].total_squares for tag in tags if _parsed(tag).kind == "gradients"]
-        if squares:
-            further[GLOBAL_L2] = math.sqrt(sum(squares))
+            further.update(_of_narrow(kind, name, record[tag], record.traits[tag]))
+        gradients = numbers.rows("gradients")
+        if gradients.size:
+            further[GLOBAL_L2] = math.sqrt(record.columns().column("total_squares")[gradients].sum())
         if record.skipped:
             further[SKIPPED] = 1.0
         further.update(_ratios(numbers, known))
@@ -184,6 +181,12 @@ class Reading:
             return self.values.column(kind, statistic)
         return self._columns.get((kind, statistic), {})
 
+    def above_zero(self, kind: str, statistic: str) -> Iterable[str]:
+        """Names of the sites of a kind of which a statistic of every tensor is above zero."""
+        if isinstance(self.values, Numbers):
+            return self.values.above_zero(kind, statistic)
+        return [name for name, value in self.column(kind, statistic).items() if value > 0]
+
     def derived(self) -> dict[Tag, float]:
         """The numbers that the statistics of no single tensor tell; see `DERIVED`."""
         values = self.values.further() if isinstance(self.values, Numbers) else self.values
@@ -214,6 +217,34 @@ def _parsed(tag: str) -> Tag:
     parsed = parse_tag(tag)
     assert parsed is not None
     return parsed
+
+
+class _Known(NamedTuple):
+    """What traits say."""
+
+    traits: Mapping[str, Traits]
+    parameters: dict[str, ParameterTraits]
+    narrow: list[str]
+    """Tags whose tensors are of a narrow type."""
+
+
+_last_known: _Known | None = None
+
+
+def _about(traits: Mapping[str, Traits]) -> tuple[dict[str, ParameterTraits], list[str]]:
+    """What parameters are, and the tags of narrow types; most records share their traits with the one before."""
+    global _last_known
+    known = _last_known
+    if known is None or known.traits is not traits:
+        parameters, narrow = {}, []
+        for tag, found in traits.items():
+            kind, _, name = _parsed(tag)
+            if kind == "parameters":
+                parameters[name] = ParameterTraits(found.ndim, found.requires_grad)
+            if _is_narrow(found.dtype):
+                narrow.append(tag)
+        known = _last_known = _Known(traits, parameters, narrow)
+    return known.parameters, known.narrow
 
 
 @functools.cache

@@ -189,11 +189,13 @@ def _measure_large(tensor: torch.Tensor, sample_above: int, devices: Devices) ->
 class Later:
     """The sketch of a tensor that waits for others to be measured with."""
 
-    __slots__ = ("_group", "_index")
+    __slots__ = ("group", "index")
 
     def __init__(self, group: _Group, index: int) -> None:
-        self._group = group
-        self._index = index
+        self.group = group
+        """Those that it is measured with."""
+        self.index = index
+        """Its place among them."""
 
     @property
     def is_there(self) -> bool:
@@ -202,13 +204,13 @@ class Later:
 
     def found(self) -> Sketch | Exception:
         """The sketch, or what went wrong; what waits is measured now unless that is done."""
-        measured = self._group.measured()
-        return measured if isinstance(measured, Exception) else measured[self._index]
+        measured = self.group.measured()
+        return measured if isinstance(measured, Exception) else measured[self.index]
 
     def place(self) -> tuple[Sketches, int] | None:
         """The sketches that this one is made with and its place among them; None where something went wrong."""
-        measured = self._group.measured()
-        return None if isinstance(measured, Exception) else (measured, self._index)
+        measured = self.group.measured()
+        return None if isinstance(measured, Exception) else (measured, self.index)
 
     def sketch(self) -> Sketch:
         """The sketch; what waits is measured now unless that is done.

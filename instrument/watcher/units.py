@@ -28,6 +28,7 @@ from instrument.capture.names import PARAMETRIZATIONS, ModuleEntry, Site, is_lea
 from instrument.capture.outputs import named_tensors
 from instrument.capture.patterns import Pattern
 from instrument.errors import UnmeasurableError
+from instrument.measure import native
 from instrument.measure.slopes import Slopes, slopes_named, slopes_of
 from instrument.measure.tensors import whole
 from instrument.measure.units import DeviceTally, Extent, UnitTally, extent_of, tally_plain, tally_rows
@@ -86,6 +87,7 @@ class UnitJudge:
         self._wants = wants
         self._say = say
         self._roles: dict[str, _Role] = {}
+        self._with_rows: set[str] = set()
         self._root: str | None = None
         self._last_layer: str | None = None
         self._keys: dict[str, dict[str, str]] = {}
@@ -109,6 +111,7 @@ class UnitJudge:
             role = self._roles.get(entry.name)
             roles[entry.name] = role if role is not None and role.module() is entry.module else self._role(entry)
         self._roles = roles
+        self._with_rows = {f"{name}.weight" for name, role in roles.items() if role.weight_axis is not None}
 
     def pass_starts(self) -> None:
         """The root is called: no layer has run yet."""
@@ -129,7 +132,7 @@ class UnitJudge:
         role = self._roles.get(name)
         if role is None or (role.is_exempt and name != self._root):
             return None
-        path, tensor = next(named_tensors(output), ("", None))
+        path, tensor = ("", output) if type(output) is torch.Tensor else next(named_tensors(output), ("", None))
         if tensor is None or not tensor.dim():
             return None
         if role.is_exempt:
@@ -153,11 +156,15 @@ class UnitJudge:
             return None
         return (name if role.is_layer or before is None else self._key(name, before[0])) + path, tally
 
+    def has_rows(self, parameter: str) -> bool:
+        """Whether rows of a parameter's gradient may tell what units do."""
+        return parameter in self._with_rows
+
     def rows(self, parameter: str, gradient: torch.Tensor, samples: int) -> UnitTally | DeviceTally | None:
         """Tally the rows of a gradient that are zero, where nothing else tells what the units behind it do.
 
         Args:
-            parameter: Name of the parameter.
+            parameter: Name of a parameter that `has_rows`.
             gradient: Its gradient, as the optimizer will use it.
             samples: Samples that the gradient is of, at least 1.
 
@@ -166,10 +173,9 @@ class UnitJudge:
         """
         if not can_hide():
             return None
-        name, _, attribute = parameter.rpartition(".")
-        role = self._roles.get(name)
-        if attribute != "weight" or role is None or role.weight_axis is None:
-            return None
+        name = parameter.removesuffix(".weight")
+        role = self._roles[name]
+        assert role.weight_axis is not None
         if name in self._judged or name == self._last_layer or not self._wants(Site("activations", name)):
             return None
         try:
@@ -211,7 +217,7 @@ class UnitJudge:
             return None
         try:
             with Unseen():
-                plain = whole(tensor)
+                plain = tensor if native.can_read(tensor) else whole(tensor)
                 if not plain.is_cpu or not plain.numel():
                     return tally_plain(plain, axis, slopes)
                 known = self._known

@@ -151,7 +151,7 @@ def test_a_cut_parts_what_came_from_what_comes() -> None:
     after = batch.add(torch.zeros(2))
     assert isinstance(before, Later)
     assert isinstance(after, Later)
-    assert before._group is not after._group
+    assert before.group is not after.group
     assert (before.sketch().mean, after.sketch().mean) == (1.0, 0.0)
 
 

@@ -6,6 +6,7 @@ with depth: that is how vanishing and exploding look, while a single odd layer i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -80,19 +81,24 @@ def gradient_scale(readings: Sequence[Reading], config: Config) -> Iterator[Find
 def _profiles(readings: Sequence[Reading], kind: str, config: Config) -> Iterator[tuple[list[str], list[float]]]:
     """Names and mean sizes of the layers of each role, in the order of depth."""
     recent = newest(readings, config.depth_checks, lambda reading: reading.column(kind, "rms"))
+    # Dictionaries of Python's own: a few hundred look-ups in each take less than one each by a method of ours.
+    columns = [dict(reading.column(kind, "rms").items()) for reading in recent]
     groups: dict[str, list[str]] = {}
-    for name in recent[-1].column(kind, "rms") if recent else ():
+    for name in columns[-1] if columns else ():
         traits = readings[-1].parameters.get(name)
         if traits is None or traits.ndim >= _MATRIX:
-            groups.setdefault(role(name), []).append(name)
+            groups.setdefault(_role(name), []).append(name)
     for names in groups.values():
         if len(names) < _FEWEST_LAYERS:
             continue
-        columns = [reading.column(kind, "rms") for reading in recent]
         series = [[column.get(name, 0.0) for column in columns] for name in names]
         # A layer whose gradient is zero stops everything behind it; that is no trend, and is told elsewhere.
         if all(0.0 < value < math.inf for values in series for value in values):
             yield names, [10.0 ** (math.fsum(map(math.log10, values)) / len(values)) for values in series]
+
+
+_role = functools.lru_cache(maxsize=65_536)(role)
+"""The same names come again each step."""
 
 
 def _trend(sizes: list[float]) -> float:

@@ -23,10 +23,12 @@ def no_gradient(readings: Sequence[Reading], config: Config) -> Iterator[Finding
         return
     last = readings[-1]
     columns = [reading.column("gradients", "abs_max") for reading in recent]
-    counts = [reading.column("gradients", count) for reading in recent for count in ("nan_count", "inf_count")]
-    newest_first = [column for column in reversed((*counts, *columns)) if column]
+    have_one: set[str] = set()
+    for reading in recent:
+        for statistic in ("abs_max", "nan_count", "inf_count"):
+            have_one.update(reading.above_zero("gradients", statistic))
     for name, traits in last.parameters.items():
-        if not traits.requires_grad or any(column.get(name) for column in newest_first):
+        if not traits.requires_grad or name in have_one:
             continue
         is_there = any(name in column for column in columns)
         what = "has a gradient of nothing but zeros" if is_there else "has never had a gradient"

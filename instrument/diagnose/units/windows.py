@@ -48,12 +48,17 @@ class _Span:
         self.samples = tally.samples
         self.batches = tally.batches
         self._tallies = [tally]
+        self._again = 0
 
     def add(self, step: int, tally: UnitTally) -> None:
         """Add the tally of a later step."""
         self.last_step = step
         self.samples += tally.samples
         self.batches += tally.batches
+        if tally is self._tallies[-1]:  # most gradients have no row of zeros, and share one tally
+            self._again += 1
+            return
+        self._count_again()
         self._tallies.append(tally)
         if len(self._tallies) > MERGE_AFTER:
             self._tallies = [self.tally]
@@ -61,8 +66,15 @@ class _Span:
     @property
     def tally(self) -> UnitTally:
         """All of them merged."""
+        self._count_again()
         self._tallies = [merge_tallies(self._tallies)]
         return self._tallies[0]
+
+    def _count_again(self) -> None:
+        """Have the last tally stand for all the times that it came."""
+        if self._again:
+            self._tallies[-1] = self._tallies[-1].repeated(self._again + 1)
+            self._again = 0
 
 
 class _Window:

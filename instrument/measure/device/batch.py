@@ -169,24 +169,26 @@ class DeviceBatch:
 class DeviceSketch:
     """The sketch of a tensor on a device, on its way to the host."""
 
-    __slots__ = ("_batch", "_row")
+    __slots__ = ("group", "index")
 
     def __init__(self, batch: DeviceBatch, row: int) -> None:
-        self._batch = batch
-        self._row = row
+        self.group = batch
+        """Those that travel with it."""
+        self.index = row
+        """Its row among them."""
 
     @property
     def is_there(self) -> bool:
         """Whether the sketch can be had without a wait."""
-        return self._batch.is_there
+        return self.group.is_there
 
     def sketch(self) -> Sketch:
         """The sketch; waits until the copy is there."""
-        return self._batch.found()[self._row]
+        return self.group.found()[self.index]
 
     def place(self) -> tuple[Sketches, int]:
         """The sketches that came with this one, and its place among them; waits until the copy is there."""
-        return self._batch.found(), self._row
+        return self.group.found(), self.index
 
 
 class Devices:

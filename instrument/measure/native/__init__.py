@@ -22,11 +22,12 @@ import numpy.typing as npt
 import torch
 
 from instrument.measure.columns import FIELDS, Sketches, made
-from instrument.measure.histogram import CODES, IntArray, spread
+from instrument.measure.histogram import CODES, FloatArray, IntArray, spread
 from instrument.measure.sketch import Sketch
 
 __all__ = [
     "can_measure",
+    "can_read",
     "counts_of",
     "counts_of_array",
     "flat_of",
@@ -34,15 +35,20 @@ __all__ = [
     "ranges_of",
     "sketch_of",
     "sketches_of",
+    "zero_rows_of",
 ]
 
 _INTERFACE = 1
 """Raised with every change to a signature in `engine.c`: an object built of an older one would write anywhere."""
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 SHORT = 32_768
 """Elements up to which a call keeps the interpreter lock, for at most 20 us."""
+
+_UNITS = 8192
+"""Units of which the ranges, or rows of which the flags have room that is there already."""
 
 _pointer, _number, _kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -54,6 +60,7 @@ class _Functions(NamedTuple):
     sketches: Any
     ranges: Any
     flat: Any
+    zero_rows: Any
 
 
 class _Library(NamedTuple):
@@ -86,6 +93,7 @@ def _functions(library: ctypes.CDLL) -> _Functions:
         library.instrument_sketches,
         library.instrument_ranges,
         library.instrument_flat,
+        library.instrument_zero_rows,
     )
     values, cube = (_pointer, _kind), (_number, _number, _number)
     functions.accumulate.argtypes = (*values, _number, _number, _pointer, _pointer, _pointer)
@@ -96,6 +104,8 @@ def _functions(library: ctypes.CDLL) -> _Functions:
     functions.ranges.restype = ctypes.c_double
     functions.flat.argtypes = (*values, *cube, _number, ctypes.c_float, ctypes.c_float, _pointer)
     functions.flat.restype = None
+    functions.zero_rows.argtypes = (*values, _number, _number, _pointer)
+    functions.zero_rows.restype = ctypes.c_int64
     return functions
 
 
@@ -103,17 +113,21 @@ _library = _load()
 
 
 class _Room(threading.local):
-    """Room for the sketch of one tensor, once a thread, and where it lies: to ask an array takes a microsecond."""
+    """Room for what is found of one tensor, once a thread, and where it lies: to ask an array takes a microsecond."""
 
     def __init__(self) -> None:
         self.codes = np.empty(CODES, np.uint16)
         self.counts = np.empty(CODES, np.int64)
         self.numbers = np.empty(len(FIELDS))
         self.length, self.end = ctypes.c_int64(), ctypes.c_int64()
+        self.lows, self.highs = np.empty(_UNITS, np.float32), np.empty(_UNITS, np.float32)
+        self.rows = np.empty(_UNITS, np.bool_)
         self.places = (
             self.codes.ctypes.data, self.counts.ctypes.data, ctypes.addressof(self.end), self.numbers.ctypes.data
         )  # fmt: skip
         self.length_place = ctypes.addressof(self.length)
+        self.units_places = self.lows.ctypes.data, self.highs.ctypes.data
+        self.rows_place = self.rows.ctypes.data
 
 
 _room = _Room()
@@ -127,6 +141,19 @@ def is_there() -> bool:
 def can_measure(tensor: torch.Tensor) -> bool:
     """Whether a dense tensor on the CPU can be measured here: float32 or bfloat16, contiguous, and not empty."""
     return _library is not None and tensor.dtype in _KINDS and tensor.is_contiguous() and tensor.numel() > 0
+
+
+def can_read(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of any kind is one that `can_measure` allows, plain and with values in its memory."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and can_measure(tensor)
+        and not tensor.is_neg()
+        and tensor.data_ptr() != 0  # its storage is freed
+    )
 
 
 def counts_of(tensor: torch.Tensor, stride: int = 1) -> tuple[IntArray, list[float]]:
@@ -196,41 +223,66 @@ def sketches_of(flat: torch.Tensor, lengths: IntArray) -> Sketches:
 
 
 def ranges_of(
-    cube: torch.Tensor, every: tuple[int, int, int]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], float]:
+    tensor: torch.Tensor, cube: tuple[int, int, int], every: tuple[int, int, int]
+) -> tuple[FloatArray, FloatArray, float]:
     """Range of each unit, and the scale of the values.
 
     Args:
-        cube: One that `can_measure` allows, of shape (samples, units, positions).
+        tensor: One that `can_measure` allows.
+        cube: As how many samples, units and positions it is read.
         every: Of how many samples, units and positions one is looked at for the scale.
 
     Returns:
-        Smallest and largest value of each unit, NaN where one was NaN; the mean square of the values looked at.
+        Smallest and largest value of each unit, float64, NaN where one was NaN; mean square of the values looked at.
     """
     assert _library is not None
-    functions = _library.keeping if cube.numel() <= SHORT else _library.releasing
-    found = np.empty((2, cube.shape[1]), np.float32)
-    place = found.ctypes.data
-    squares = functions.ranges(
-        cube.data_ptr(), _KINDS[cube.dtype], *cube.shape, *every, place, place + found.strides[0]
-    )
-    return found[0], found[1], squares
+    functions = _library.keeping if tensor.numel() <= SHORT else _library.releasing
+    units, room = cube[1], _room
+    lows, highs, places = room.lows, room.highs, room.units_places
+    if units > _UNITS:
+        lows, highs = np.empty(units, np.float32), np.empty(units, np.float32)
+        places = lows.ctypes.data, highs.ctypes.data
+    squares = functions.ranges(tensor.data_ptr(), _KINDS[tensor.dtype], *cube, *every, *places)
+    return lows[:units].astype(np.float64), highs[:units].astype(np.float64), squares
 
 
-def flat_of(cube: torch.Tensor, step: int, low: float, high: float) -> IntArray:
+def flat_of(tensor: torch.Tensor, cube: tuple[int, int, int], step: int, low: float, high: float) -> IntArray:
     """On how many samples each unit was flat.
 
     Args:
-        cube: One that `can_measure` allows, of shape (samples, units, positions).
+        tensor: One that `can_measure` allows.
+        cube: As how many samples, units and positions it is read.
         step: Of how many samples one is looked at.
         low: A sample is flat where all its positions are at most this,
-        high: or at least this.
+        high: or at least this; infinite where there is no such tail.
 
     Returns:
         Int64 of shape (units,).
     """
     assert _library is not None
-    functions = _library.keeping if cube.numel() <= SHORT * step else _library.releasing
-    flat = np.empty(cube.shape[1], np.int64)
-    functions.flat(cube.data_ptr(), _KINDS[cube.dtype], *cube.shape, step, low, high, flat.ctypes.data)
+    functions = _library.keeping if tensor.numel() <= SHORT * step else _library.releasing
+    flat = np.empty(cube[1], np.int64)
+    # Where there is no tail, Inf is not in it either: nothing compares with NaN.
+    tails = low if low > -math.inf else math.nan, high if high < math.inf else math.nan
+    functions.flat(tensor.data_ptr(), _KINDS[tensor.dtype], *cube, step, *tails, flat.ctypes.data)
     return flat
+
+
+def zero_rows_of(tensor: torch.Tensor) -> npt.NDArray[np.bool_] | None:
+    """Which rows of a tensor are zero in whole.
+
+    Args:
+        tensor: One that `can_measure` allows, of shape (rows, ...).
+
+    Returns:
+        Bool of shape (rows,); None where no row is.
+    """
+    assert _library is not None
+    functions = _library.keeping if tensor.numel() <= SHORT else _library.releasing
+    rows, room = len(tensor), _room
+    found, place = room.rows, room.rows_place
+    if rows > _UNITS:
+        found = np.empty(rows, np.bool_)
+        place = found.ctypes.data
+    some = functions.zero_rows(tensor.data_ptr(), _KINDS[tensor.dtype], rows, tensor.numel() // rows, place)
+    return found[:rows].copy() if some else None

@@ -50,6 +50,7 @@ enum { FLOAT32, BFLOAT16 };
 #define LANES 16
 #define RUN 2048 /* elements of a run: 8 kB of float32 */
 #define FIELDS 9
+#define GLANCE 64 /* counts that are looked at together, since most are zero */
 
 typedef struct {
     double count, total, squares, low, high;
@@ -255,48 +256,51 @@ WIDE EXPORT int64_t instrument_sketches(
     int64_t tensor, start = 0, used = 0, end, length;
     int code, table, k;
 
-    memset(tables, 0, sizeof tables);
+    memset(tables[0], 0, sizeof tables[0]);
     for (tensor = 0; tensor < many; tensor++) {
-        /* Each table is looked through in the end: a few values are counted sooner in one. */
-        int is_short = lengths[tensor] <= RUN;
+        /* A few values are counted sooner in one table, which is all there is to be cleared and looked through then. */
+        int used_tables = lengths[tensor] <= RUN ? 1 : TABLES;
         double *row = numbers + tensor * FIELDS;
         double zeros = 0, nans = 0, infs = 0;
         Moments moments;
 
         begin(&moments);
+        if (used_tables > 1)
+            memset(tables[1], 0, sizeof tables - sizeof tables[0]);
         for (end = start + lengths[tensor]; start < end; start += length) {
             const float *x;
             length = end - start < RUN ? end - start : RUN;
             x = run_of(data, kind, start, length, room);
             if (!add_plain(x, length, &moments))
                 add_rare(x, length, tables[0], &moments);
-            else if (!is_short)
+            else if (used_tables > 1)
                 count_plain(x, length, tables);
             else
                 for (k = 0; k < length; k++)
                     tables[0][bits_of(x[k]) >> CODE_SHIFT]++;
         }
-        for (code = 0; code < CODES; code += LANES) {
+        for (table = 1; table < used_tables; table++)
+            for (code = 0; code < CODES; code++)
+                tables[0][code] += tables[table][code];
+        for (code = 0; code < CODES; code += GLANCE) {
             uint32_t any = 0;
-            for (table = 0; table < (is_short ? 1 : TABLES); table++)
-                for (k = 0; k < LANES; k++)
-                    any |= tables[table][code + k];
+            for (k = code; k < code + GLANCE; k++)
+                any |= tables[0][k];
             if (!any)
                 continue;
-            for (k = code; k < code + LANES; k++) {
-                int64_t count = 0;
-                for (table = 0; table < TABLES; table++)
-                    count += tables[table][k], tables[table][k] = 0;
+            for (k = code; k < code + GLANCE; k++) {
+                uint32_t count = tables[0][k];
                 if (!count)
                     continue;
+                tables[0][k] = 0;
                 codes[used] = (uint16_t)k;
                 counts[used++] = count;
                 if (!(k & (SIGN - 1)))
-                    zeros += (double)count;
+                    zeros += count;
                 else if ((k & (SIGN - 1)) == INF_CODE)
-                    infs += (double)count;
+                    infs += count;
                 else if ((k & (SIGN - 1)) > INF_CODE)
-                    nans += (double)count;
+                    nans += count;
             }
         }
         ends[tensor] = used;
@@ -442,4 +446,26 @@ WIDE EXPORT void instrument_flat(
             flat[unit] += all;
         }
     }
+}
+
+/* Which rows are zero in whole, of either sign; returns how many. Nearly every row shows with its first value that it is
+ * not. */
+EXPORT int64_t instrument_zero_rows(const void *data, int kind, int64_t rows, int64_t width, uint8_t *is_zero)
+{
+    const uint16_t *narrow = data;
+    const uint32_t *single = data;
+    int64_t row, i, found = 0;
+
+    for (row = 0; row < rows; row++) {
+        int64_t start = row * width;
+        if (kind == FLOAT32)
+            for (i = 0; i < width && !(single[start + i] << 1); i++)
+                ;
+        else
+            for (i = 0; i < width && !(narrow[start + i] & 0x7FFFu); i++)
+                ;
+        is_zero[row] = i == width;
+        found += i == width;
+    }
+    return found;
 }

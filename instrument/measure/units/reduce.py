@@ -15,9 +15,9 @@ On other devices than the CPU the same is computed there and fetched when somebo
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -66,8 +66,7 @@ SCALE_SAMPLE = 4096
 """Values of which the mean square is taken: it is a scale, and no statistic that anybody sees."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Extent:
+class Extent(NamedTuple):
     """Range of each unit of one tensor: what a layer's output and the input of the nonlinearity behind it share."""
 
     samples: int
@@ -93,11 +92,10 @@ def extent_of(tensor: torch.Tensor, axis: int) -> Extent:
     Returns:
         The ranges.
     """
-    cube = _dense_cube(tensor, axis)
-    if cube is not None:
-        samples = math.prod(tensor.shape[:axis])
-        smallest, largest, squares = native.ranges_of(cube, _every(*cube.shape))
-        return Extent(samples, smallest.astype(np.float64), largest.astype(np.float64), squares)
+    dense = _dense(tensor, axis)
+    if dense is not None:
+        return Extent(math.prod(tuple(tensor.shape)[:axis]), *native.ranges_of(*dense, _every(*dense[1])))
+    tensor = tensor.detach()
     values = _values(tensor, axis)
     samples, units, positions = values.shape
     if positions == 1:
@@ -113,16 +111,19 @@ def extent_of(tensor: torch.Tensor, axis: int) -> Extent:
     return Extent(samples, low.astype(np.float64), high.astype(np.float64), squares)
 
 
-def _dense_cube(tensor: torch.Tensor, axis: int) -> torch.Tensor | None:
-    """Samples, units and positions where `native` can read them; of channels last, positions are samples."""
-    if not native.is_there():
+def _dense(tensor: torch.Tensor, axis: int) -> tuple[torch.Tensor, tuple[int, int, int]] | None:
+    """What `native` can read, as so many samples, units and positions; of channels last, positions are samples."""
+    shape = tuple(tensor.shape)  # parts of a `torch.Size` take a microsecond each
+    samples, units, positions = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+    if native.can_measure(tensor):
+        return tensor, (samples, units, positions)
+    if not native.is_there() or positions == 1 or tensor.stride(axis) != 1:
         return None
-    cube = _cube(tensor, axis)
-    if cube.shape[2] > 1 and tensor.stride(axis) == 1:
-        cube = cube.transpose(1, 2).reshape(-1, tensor.shape[axis], 1)
-    return cube if native.can_measure(cube) else None
+    last = tensor.movedim(axis, -1)
+    return (last, (samples * positions, units, 1)) if native.can_measure(last) else None
 
 
+@functools.lru_cache(maxsize=4096)
 def _every(samples: int, units: int, positions: int) -> tuple[int, int, int]:
     """Of how many samples, units and positions one is looked at for the scale: `SCALE_SAMPLE` values or fewer."""
     every = max(1, samples // 8)
@@ -159,7 +160,7 @@ def tally_plain(
     """The same of a tensor as `whole` gives it.
 
     Args:
-        tensor: As `whole` gives it.
+        tensor: As `whole` gives it, or one that `native.can_read`.
         axis: As in `tally_units`.
         slopes: As in `tally_units`.
         known: Ranges of this very tensor, where they were found before.
@@ -171,17 +172,26 @@ def tally_plain(
         return tally_on_device(tensor, axis, slopes)
     extent = known if known is not None else extent_of(tensor, axis)
     units, low, high = extent.low.size, extent.low, extent.high
-    counted, flat = 0, np.zeros(units, np.int64)
-    dead_flat = never_flat = np.zeros(units, np.bool_)
-    if slopes is not None:
-        if slopes.is_piecewise_linear:
-            never_flat = (low > slopes.flat.low) & (high < slopes.flat.high)
-        counted, flat = _flat_samples(tensor, axis, slopes.flat)
-        dead_flat = (high <= slopes.dead.low) | (low >= slopes.dead.high)
-        torn = np.flatnonzero((low <= slopes.dead.low) & (high >= slopes.dead.high) & ~dead_flat & (flat == counted))
-        if torn.size:  # in one tail or the other, as far as is known: the values between must be looked for
-            dead_flat[torn] = _is_flat(_floats(_values(tensor, axis)[:, torn]), slopes.dead).all(axis=0)
+    if slopes is None:
+        nowhere, never = _nothing(units)
+        return UnitTally(None, extent.samples, 1, low, high, 0, nowhere, never, never, extent.square_mean)
+    never_flat = _nothing(units)[1]
+    if slopes.is_piecewise_linear:
+        never_flat = (low > slopes.flat.low) & (high < slopes.flat.high)
+    counted, flat = _flat_samples(tensor, axis, slopes.flat)
+    dead_flat = (high <= slopes.dead.low) | (low >= slopes.dead.high)
+    torn = np.flatnonzero((low <= slopes.dead.low) & (high >= slopes.dead.high) & ~dead_flat & (flat == counted))
+    if torn.size:  # in one tail or the other, as far as is known: the values between must be looked for
+        dead_flat[torn] = _is_flat(_floats(_values(tensor.detach(), axis)[:, torn]), slopes.dead).all(axis=0)
     return UnitTally(function, extent.samples, 1, low, high, counted, flat, dead_flat, never_flat, extent.square_mean)
+
+
+@functools.lru_cache(maxsize=1024)
+def _nothing(units: int) -> tuple[IntArray, BoolArray]:
+    """No sample, and no unit; nobody may change them."""
+    counts, flags = np.zeros(units, np.int64), np.zeros(units, np.bool_)
+    counts.flags.writeable = flags.flags.writeable = False
+    return counts, flags
 
 
 def tally_rows(gradient: torch.Tensor, axis: int, samples: int) -> UnitTally | DeviceTally:
@@ -205,6 +215,9 @@ def tally_rows(gradient: torch.Tensor, axis: int, samples: int) -> UnitTally | D
         >>> tally_rows(torch.tensor([[0.0, 0.0], [0.0, 0.1]]), 0, 64).dead_flat.tolist()
         [True, False]
     """
+    if axis == 0 and native.can_read(gradient):
+        zero = native.zero_rows_of(gradient)
+        return _living(len(gradient), samples) if zero is None else _row_tally(~zero, samples)
     rows = whole(gradient).movedim(axis, 0).flatten(1)
     if not rows.is_cpu:
         return DeviceTally(rows.ne(0).any(1), lambda alive: _row_tally(alive, samples))
@@ -215,6 +228,12 @@ def tally_rows(gradient: torch.Tensor, axis: int, samples: int) -> UnitTally | D
     if doubtful.size:
         alive[doubtful] = np.logical_or.reduce(_floats(_host(rows)[doubtful]) != 0, axis=1)
     return _row_tally(alive, samples)
+
+
+@functools.lru_cache(maxsize=4096)
+def _living(units: int, samples: int) -> UnitTally:
+    """The tally of a gradient without a row of zeros, which is that of nearly every gradient of every step."""
+    return _row_tally(np.ones(units, np.bool_), samples)
 
 
 def _row_tally(alive: BoolArray, samples: int) -> UnitTally:
@@ -342,12 +361,14 @@ def _flat_samples(tensor: torch.Tensor, axis: int, tails: Tails) -> tuple[int, I
     """How many samples were looked at, and on how many of them each unit was flat."""
     leading = tensor.shape[:axis]
     samples = math.prod(leading)
-    cube = _cube(tensor, axis)
-    step = math.ceil(samples / (COUNTED if cube.shape[2] == 1 else COUNTED_IMAGES))
+    units, positions = tensor.shape[axis], math.prod(tensor.shape[axis + 1 :])
+    step = math.ceil(samples / (COUNTED if positions == 1 else COUNTED_IMAGES))
     while step > 1 and any(math.gcd(step, size) != 1 for size in leading):
         step += 1
-    if native.can_measure(cube):
-        return math.ceil(samples / step), native.flat_of(cube, step, tails.low, tails.high)
+    if native.can_measure(tensor):
+        flat = native.flat_of(tensor, (samples, units, positions), step, tails.low, tails.high)
+        return math.ceil(samples / step), flat
+    cube = _cube(tensor.detach(), axis)
     is_flat = _is_flat(_floats(_host(cube)[::step]), tails)
     return len(is_flat), np.add.reduce(is_flat.view(np.uint8), axis=0, dtype=np.uint8).astype(np.int64)
 
