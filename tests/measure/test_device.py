@@ -66,7 +66,9 @@ class Queue:
 
 def add(batch: DeviceBatch, tensor: torch.Tensor) -> DeviceSketch:
     with Unseen():
-        return batch.add(readable(tensor))
+        found = batch.add(readable(tensor))
+    assert found is not None
+    return found
 
 
 def assert_same(found: Sketch, expected: Sketch) -> None:
@@ -136,6 +138,36 @@ def test_everything_travels_in_one_copy_that_nobody_waits_for() -> None:
     assert_same(scaled.sketch(), measure(tensors[0] / 1024.0))
 
 
+def test_what_is_sent_takes_no_more() -> None:
+    """A tensor that comes while another thread sends the batch goes into the next one, and none is lost."""
+    rows, queue = batch()
+    first = add(rows, torch.ones(3))
+    rows.send()
+    with Unseen():
+        assert rows.add(readable(torch.ones(2))) is None
+        assert rows.add_many([torch.ones(2), torch.ones(4)]) is None
+    devices, given = Devices(), iter((rows, DeviceBatch(torch.device("cpu"), queue)))
+    devices._batch = lambda device: next(given)  # type: ignore[method-assign]
+    with Unseen():
+        later = devices.add(readable(torch.ones(5)))
+    assert (first.sketch().count, later.sketch().count) == (3, 5)
+
+
+def test_a_copy_that_cannot_be_started_is_told_to_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training thread hears nothing of it; each sketch of the batch raises what went wrong."""
+    rows, queue = batch()
+    later = [add(rows, torch.ones(3)), add(rows, torch.zeros(2))]
+
+    def broken(*_: object) -> None:
+        raise MemoryError("no pinned memory")
+
+    monkeypatch.setattr(queue, "to_host", broken)
+    rows.send()
+    for sketch in later:
+        with pytest.raises(MemoryError, match="no pinned memory"):
+            sketch.sketch()
+
+
 def test_values_are_those_when_the_tensor_was_given() -> None:
     """What happens to a tensor afterwards is not seen."""
     rows, _ = batch()
@@ -151,8 +183,10 @@ def test_tensors_together_are_those_one_by_one() -> None:
     generator = torch.Generator().manual_seed(2)
     tensors = [torch.randn(1 + size, generator=generator) for size in range(40)]
     with Unseen():
-        later = [*rows.add_many(tensors), rows.add(readable(tensors[0])), *rows.add_many(tensors)]
+        given = [rows.add_many(tensors), [rows.add(readable(tensors[0]))], rows.add_many(tensors)]
+    later = [sketch for part in given for sketch in part or ()]
     for sketch, tensor in zip(later, [*tensors, tensors[0], *tensors], strict=True):
+        assert sketch is not None
         assert_same(sketch.sketch(), measure(tensor))
 
 

@@ -63,50 +63,60 @@ class DeviceBatch:
         self._host: torch.Tensor | None = None
         self._done: Done | None = None
         self._found: Sketches | None = None
+        self._failure: Exception | None = None
         self._lock = threading.RLock()
 
-    def add(self, values: Values) -> DeviceSketch:
+    def add(self, values: Values) -> DeviceSketch | None:
         """Measure a tensor as it is now; call it under `Unseen`.
 
         Args:
             values: On the device of the batch.
 
         Returns:
-            What will give the sketch.
+            What will give the sketch; None where the batch was sent meanwhile, by another thread.
 
         Raises:
             CapturingError: A CUDA graph is being captured.
         """
         if self._edge.is_capturing():
             raise CapturingError
-        with self._lock:  # to make a block gives the interpreter lock up
+        with self._lock:  # to make a block gives the interpreter lock up, and a row that is sent must be complete
+            if self.is_sent:
+                return None
             if not self._vacant:
                 first, block = self._new_block(_ROWS)
                 rows = range(first, first + _ROWS), block[:, :CODES].unbind(0), moments_of(block).unbind(0)
                 self._vacant = list(zip(*rows, strict=True))[::-1]
             row, codes, moments = self._vacant.pop()
-        accumulate(values, codes, moments)
+            accumulate(values, codes, moments)
         return DeviceSketch(self, row)
 
-    def add_many(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch]:
+    def add_many(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch] | None:
         """Measure several tensors of one type as they are now, in one launch where Triton is there; under `Unseen`.
 
         Args:
             tensors: Plain and contiguous, of one floating-point type of 16 bits or more, each with an element at least.
+
+        Returns:
+            What will give each sketch; None where the batch was sent meanwhile, by another thread.
 
         Raises:
             CapturingError: A CUDA graph is being captured.
         """
         kernel = kernel_for(self.device)
         if kernel is None or len(tensors) == 1:
-            return [self.add(Values(tensor, 1, 0)) for tensor in tensors]
+            with self._lock:
+                found = [self.add(Values(tensor, 1, 0)) for tensor in tensors]
+            return None if None in found else [sketch for sketch in found if sketch is not None]
         if self._edge.is_capturing():
             raise CapturingError
         sizes = np.array([tensor.numel() for tensor in tensors])
         addresses = np.array([tensor.data_ptr() for tensor in tensors])
         numbers, is_aligned = np.arange(len(tensors)), addresses % 16 == 0
-        first, block = self._new_block(len(tensors))
-        with on(self.device):
+        with self._lock, on(self.device):
+            if self.is_sent:
+                return None
+            first, block = self._new_block(len(tensors))
             for aligned in (True, False):
                 of = np.flatnonzero(is_aligned == aligned)
                 if of.size:
@@ -122,7 +132,8 @@ class DeviceBatch:
     @property
     def is_there(self) -> bool:
         """Whether the copy has arrived."""
-        return self.is_sent and (self._done is None or self._done.query())
+        done = self._done  # whoever asks for the sketches forgets it
+        return self.is_sent and (done is None or done.query())
 
     def send(self) -> None:
         """Start the copy to the host; nothing is added from then on, and nothing waits."""
@@ -132,23 +143,33 @@ class DeviceBatch:
             self.is_sent = True
             if not self._used:
                 return
-            with Unseen(), on(self.device):
-                self._edge.collects(self)
-                self._host, self._done = self._edge.to_host(torch.cat(self.blocks), self._edge.mark())
+            try:
+                with Unseen(), on(self.device):
+                    self._edge.collects(self)
+                    self._host, self._done = self._edge.to_host(torch.cat(self.blocks), self._edge.mark())
+            except Exception as error:  # whoever asks for a sketch is to know why there is none
+                self._failure = error
             self.blocks.clear()
             self._vacant.clear()
 
     def found(self) -> Sketches:
-        """The sketches of all rows; waits until the copy is there, and starts it where that was not done."""
+        """The sketches of all rows; waits until the copy is there, and starts it where that was not done.
+
+        Raises:
+            Exception: The copy could not be started.
+        """
         found = self._found
         if found is not None:
             return found
         self.send()
+        done = self._done
+        if done is not None:
+            done.synchronize()  # without the lock, for which the training thread might wait
         with self._lock:
             if self._found is None:
+                if self._failure is not None:
+                    raise self._failure
                 assert self._host is not None
-                if self._done is not None:
-                    self._done.synchronize()
                 self._found = sketches_of_rows(self._host)
                 self._host = self._done = None
             return self._found
@@ -207,11 +228,17 @@ class Devices:
         Raises:
             CapturingError: A CUDA graph is being captured.
         """
-        return self._batch(values.tensor.device).add(values)
+        while True:
+            found = self._batch(values.tensor.device).add(values)
+            if found is not None:
+                return found
 
     def add_many(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch]:
         """The same for several tensors of one type, on one device; see `DeviceBatch`."""
-        return self._batch(tensors[0].device).add_many(tensors)
+        while True:
+            found = self._batch(tensors[0].device).add_many(tensors)
+            if found is not None:
+                return found
 
     def send(self) -> None:
         """Start the copies to the host; what is added from then on travels later."""

@@ -33,8 +33,10 @@
 /* What is called by them has to be a part of each of them, for the sake of its vectors. */
 #if defined(__GNUC__)
 #define PART static inline __attribute__((always_inline))
+#define PREFETCH(place) __builtin_prefetch(place)
 #else
 #define PART static inline
+#define PREFETCH(place) ((void)0)
 #endif
 
 enum { FLOAT32, BFLOAT16 };
@@ -167,6 +169,8 @@ PART void count_plain(const float *x, int64_t size, uint32_t (*tables)[CODES])
     int64_t i, whole = size - size % TABLES;
 
     for (i = 0; i < whole; i += TABLES) {
+        if (i % LANES == 0) /* the next run, which memory brings meanwhile */
+            PREFETCH(x + i + RUN);
         tables[0][bits_of(x[i]) >> CODE_SHIFT]++;
         tables[1][bits_of(x[i + 1]) >> CODE_SHIFT]++;
         tables[2][bits_of(x[i + 2]) >> CODE_SHIFT]++;
