@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from instrument.measure import native
 from instrument.watcher.watcher import watchers
 
 
@@ -22,3 +23,14 @@ def _clean_ground(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
         watcher.close()
     assert torch.get_default_dtype() is torch.float32
     assert torch.is_grad_enabled()
+
+
+@pytest.fixture(scope="module", params=["C", "NumPy"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Measure in C, where the package was installed with a compiler, and in NumPy."""
+    library = native._library
+    if request.param == "C" and library is None:
+        pytest.skip("the package was installed without a compiler")
+    native._library = library if request.param == "C" else None
+    yield request.param
+    native._library = library

@@ -51,8 +51,7 @@ class Site(NamedTuple):
     """Module or parameter name without wrapper parts; one of several outputs as ``name[0]``."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ModuleEntry:
+class ModuleEntry(NamedTuple):
     """A module under the name it is shown by."""
 
     name: str

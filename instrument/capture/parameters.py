@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -60,6 +60,22 @@ class Parameters:
             owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         found = ((entry.name, entry.get()) for entry in self._entries)
         return [(name, p) for name, p in found if p is not None and (owned is None or id(p) in owned)]
+
+    def lacking(self, has: Callable[[Site], bool]) -> Iterator[tuple[Site, torch.Tensor]]:
+        """Those selected parameters that something lacks.
+
+        Args:
+            has: Whether it has a site.
+
+        Yields:
+            Site and parameter.
+        """
+        for entry in self._entries:
+            site = _site("parameters", entry.name)
+            if not has(site):
+                parameter = entry.get()
+                if parameter is not None:
+                    yield site, parameter
 
     def gradients(
         self, parameters: Iterable[tuple[str, torch.nn.Parameter]], scale: torch.Tensor | None = None

@@ -103,16 +103,18 @@ def measure_later(
     groups: dict[torch.dtype, _Group] = {}
     devices = devices if devices is not None else Devices()
     waiting: dict[tuple[torch.device, torch.dtype], _Waiting] = {}
+    hides = can_hide()
     with Unseen():
         for tensor in tensors:
             try:
-                if _is_small(tensor):
+                place = _place_of_small(tensor) if hides else 0
+                if place:
                     group = groups.get(tensor.dtype)
                     if group is None or group.is_full:
                         if group is not None:
                             group.copy()
                         group = groups[tensor.dtype] = _Group()
-                    found.append(group.add(tensor))
+                    found.append(group.add(tensor, place))
                 elif _is_launched_with_others(tensor):
                     together = waiting.setdefault((tensor.device, tensor.dtype), _Waiting())
                     together.add(len(found), tensor)
@@ -227,37 +229,42 @@ class Later:
 class _Group:
     """Small tensors of one type that are measured at one time."""
 
-    __slots__ = ("_flat", "_lengths", "_lock", "_measured", "_size", "_tensors", "is_full")
+    __slots__ = ("_flat", "_lengths", "_lock", "_measured", "_places", "_size", "_tensors", "is_full")
 
     def __init__(self) -> None:
         self.is_full = False
         """Whether no more is to be added."""
         self._tensors: list[torch.Tensor] = []
+        self._places: list[int] = []
         self._lengths: list[int] = []
         self._size = 0
         self._flat: torch.Tensor | None = None
         self._measured: Sketches | Exception | None = None
         self._lock = threading.RLock()  # a finalizer may ask in the middle of our own calls
 
-    def add(self, tensor: torch.Tensor) -> Later:
-        """Take a tensor in."""
+    def add(self, tensor: torch.Tensor, place: int) -> Later:
+        """Take a tensor in, which lies at a place."""
         size = tensor.numel()
         self._tensors.append(tensor)
+        self._places.append(place if tensor.is_contiguous() and not tensor.is_neg() else 0)
         self._lengths.append(size)
         self._size += size
         self.is_full = self._size > BLOCK - SMALL or len(self._lengths) == GROUP
         return Later(self, len(self._lengths) - 1)
 
-    def add_copy(self, tensor: torch.Tensor) -> Later | None:
+    def add_copy(self, tensor: torch.Tensor, place: int) -> Later | None:
         """Take a tensor in that nobody else has; None where the group is full or measured already."""
         with self._lock:
-            return None if self.is_full else self.add(tensor)
+            return None if self.is_full else self.add(tensor, place)
 
     def copy(self) -> None:
         """Copy the values, so that the tensors are no longer needed; call it under `Unseen`."""
         self.is_full = True
-        self._flat = flattened(self._tensors)
-        self._tensors = []
+        if native.is_there() and all(self._places):
+            self._flat = native.gathered(self._places, np.array(self._lengths), self._tensors[0].dtype)
+        else:
+            self._flat = flattened(self._tensors)
+        self._tensors, self._places = [], []
 
     def measured(self) -> Sketches | Exception:
         """The sketches of the tensors, in the order in which they came, or what went wrong."""
@@ -321,14 +328,16 @@ class Batch:
             UnmeasurableError: As for `measure`.
         """
         with Unseen():
-            if not _is_small(tensor):
+            if not (can_hide() and _place_of_small(tensor)):
                 return _measure_large(tensor, self._sample_above, self.devices)
-            copy = tensor.clone()
+            copy = tensor.clone(memory_format=torch.contiguous_format)
+            place = copy.data_ptr()
         group = self._groups.get(copy.dtype)
-        later = group.add_copy(copy) if group is not None else None
+        later = group.add_copy(copy, place) if group is not None else None
         if later is None:
-            group = self._groups[copy.dtype] = _Group()
-            later = group.add(copy)
+            group = _Group()
+            later = group.add(copy, place)
+            self._groups[copy.dtype] = group  # only now may other threads add to it
         return later
 
     def cut(self) -> None:
@@ -340,15 +349,15 @@ class Batch:
         self.devices.send()
 
 
-def _is_small(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is measured together with others: small, plain and dense, on the CPU."""
-    return (
+def _place_of_small(tensor: torch.Tensor) -> int:
+    """Where a tensor lies that is measured together with others: small, plain and dense, on the CPU; 0 for others."""
+    if (
         type(tensor) in _PLAIN
         and tensor.is_cpu
         and tensor.dtype in _TYPES
         and tensor.layout is torch.strided
         and 0 < tensor.numel() <= SMALL
         and not tensor.is_nested
-        and tensor.data_ptr() != 0  # its storage is freed
-        and can_hide()
-    )
+    ):
+        return tensor.data_ptr()  # 0 where its storage is freed
+    return 0

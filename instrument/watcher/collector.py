@@ -196,7 +196,7 @@ class Collector:
 
     def close(self) -> StepRecord | None:
         """End the record, with the parameters that no optimizer has moved; None where there is nothing new."""
-        self.add_missing(self.parameters.values(self.parameters.of()))
+        self.add(self.parameters.lacking(self.buffer.has))
         for name, tally in self.units.silent(self.buffer.units()):
             self.buffer.add_units(name, tally)
         self._batch.cut()

@@ -189,3 +189,15 @@ def test_what_goes_wrong_in_a_group_is_told_for_each_tensor(monkeypatch: pytest.
     assert isinstance(item, Later)
     with pytest.raises(ZeroDivisionError, match="deliberate"):
         item.sketch()
+
+
+def test_what_does_not_lie_in_a_row_is_gathered_all_the_same() -> None:
+    """Transposed, strided, expanded and negated tensors among others are measured as by themselves."""
+    rows = torch.arange(12.0).view(3, 4)
+    tensors = [torch.ones(2), rows.t(), rows[:, ::2], torch.ones(1).expand(5), torch._neg_view(rows), rows]
+    for found, tensor in zip(measure_many(tensors), tensors, strict=True):
+        assert found == measure(tensor)
+    batch = Batch()
+    for later, tensor in [(batch.add(tensor), tensor) for tensor in tensors]:
+        assert isinstance(later, Later)
+        assert later.sketch() == measure(tensor)

@@ -22,6 +22,8 @@ from instrument.record.values import histogram_slices, scalar_values
 from instrument.record.wire import ScalarLayout, event, histogram_values
 from instrument.record.writer import sink_for
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 
 

@@ -129,6 +129,10 @@ class ModuleHook(InertHook):
         """Whether a graph was compiled with this hook in place."""
         return self.key in _traced
 
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether this hook is one of this module."""
+        return self._module() is module
+
     def _live(self, module: nn.Module) -> HookTarget | None:
         """The taps, unless they are gone or the module is a replica that shares the hooks of its original."""
         return self._taps() if self._module() is module else None

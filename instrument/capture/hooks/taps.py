@@ -14,6 +14,7 @@ What shaped it (each costs somebody a training run elsewhere):
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import weakref
@@ -115,6 +116,7 @@ class Taps:
         self._always_tell = always_tell
         self._root_hooks: list[_Attached] = []
         self._hooks: dict[str, _Attached] = {}
+        self._taps: dict[str, Tap] = {}  # made anew for each step they kept the garbage collector busy
         self._are_attached = False
         self._leaf_handles: list[RemovableHandle] = []
         self._open: dict[int, ForwardPass] = {}
@@ -160,7 +162,9 @@ class Taps:
             if entry.name in self._hooks or id(entry.module) in fused:
                 continue
             try:
-                tap = Tap(self, entry.name, entry.module)
+                tap = self._taps.get(entry.name)
+                if tap is None or not tap.is_of(entry.module):
+                    tap = self._taps[entry.name] = Tap(self, entry.name, entry.module)
                 self._hooks[entry.name] = (tap, entry.module.register_forward_hook(tap))
             except Exception as error:
                 self._listener.failed(entry.name, error)
@@ -228,6 +232,7 @@ class Taps:
             handle.remove()
         self._root_hooks.clear()
         self._hooks.clear()
+        self._taps.clear()
         self._are_attached = False
         self.step_ended()
         self._waiting.clear()
@@ -329,13 +334,14 @@ class Taps:
             self._listener.failed(site.name, error)
 
     def _take(self, name: str, inputs: Any, output: Any, forward: ForwardPass) -> None:
-        for path, tensor in named_tensors(output):
-            site = Site("activations", name + path)
+        outputs = (("", output),) if type(output) is torch.Tensor else named_tensors(output)
+        for path, tensor in outputs:
+            site = _site("activations", name + path)
             if self._listener.wants(site):
                 measured = self._listener.take(site, tensor)
                 if measured is not None:
                     forward.taken.append((site, measured))
-            site = Site("activation_gradients", name + path)
+            site = _site("activation_gradients", name + path)
             if self._listener.wants(site):
                 if tensor.requires_grad and torch.is_grad_enabled():
                     self._hook_tensor(tensor, GradientTap(self, site, forward))
@@ -359,6 +365,10 @@ class Taps:
         handle = tensor.register_hook(hook)
         if tensor.is_leaf:  # a leaf outlives the step, and with it our hook would
             self._leaf_handles.append(handle)
+
+
+_site = functools.lru_cache(maxsize=65_536)(Site)
+"""The same sites come again each step."""
 
 
 def _fused(model: nn.Module | None) -> set[int]:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import math
+import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,8 @@ __all__ = [
     "counts_of",
     "counts_of_array",
     "flat_of",
+    "gathered",
+    "histogram_entries",
     "is_there",
     "ranges_of",
     "sketch_of",
@@ -38,7 +42,7 @@ __all__ = [
     "zero_rows_of",
 ]
 
-_INTERFACE = 1
+_INTERFACE = 2
 """Raised with every change to a signature in `engine.c`: an object built of an older one would write anywhere."""
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -61,6 +65,8 @@ class _Functions(NamedTuple):
     ranges: Any
     flat: Any
     zero_rows: Any
+    histograms: Any
+    gather: Any
 
 
 class _Library(NamedTuple):
@@ -94,6 +100,8 @@ def _functions(library: ctypes.CDLL) -> _Functions:
         library.instrument_ranges,
         library.instrument_flat,
         library.instrument_zero_rows,
+        library.instrument_histograms,
+        library.instrument_gather,
     )
     values, cube = (_pointer, _kind), (_number, _number, _number)
     functions.accumulate.argtypes = (*values, _number, _number, _pointer, _pointer, _pointer)
@@ -106,6 +114,10 @@ def _functions(library: ctypes.CDLL) -> _Functions:
     functions.flat.restype = None
     functions.zero_rows.argtypes = (*values, _number, _number, _pointer)
     functions.zero_rows.restype = ctypes.c_int64
+    functions.histograms.argtypes = (_number, *[_pointer] * 7)
+    functions.histograms.restype = ctypes.c_int64
+    functions.gather.argtypes = (_number, _pointer, _pointer, _pointer)
+    functions.gather.restype = None
     return functions
 
 
@@ -222,6 +234,25 @@ def sketches_of(flat: torch.Tensor, lengths: IntArray) -> Sketches:
     return Sketches(codes[:used].copy(), counts[:used].copy(), ends, numbers)
 
 
+def gathered(addresses: Sequence[int], lengths: IntArray, dtype: torch.dtype) -> torch.Tensor:
+    """The values of contiguous tensors, one tensor behind the other: a third of the time of `flatten_dense_tensors`.
+
+    Args:
+        addresses: Where the values of each begin; the tensors must live meanwhile.
+        lengths: How many elements each has, int64 of shape (tensors,), contiguous.
+        dtype: Their type.
+
+    Returns:
+        A new tensor of shape (n,).
+    """
+    assert _library is not None
+    flat = torch.empty(int(lengths.sum()), dtype=dtype)
+    places, sizes = np.array(addresses, np.uint64), lengths * dtype.itemsize
+    functions = _library.keeping if flat.numel() <= SHORT else _library.releasing
+    functions.gather(len(places), places.ctypes.data, sizes.ctypes.data, flat.data_ptr())
+    return flat
+
+
 def ranges_of(
     tensor: torch.Tensor, cube: tuple[int, int, int], every: tuple[int, int, int]
 ) -> tuple[FloatArray, FloatArray, float]:
@@ -286,3 +317,31 @@ def zero_rows_of(tensor: torch.Tensor) -> npt.NDArray[np.bool_] | None:
         place = found.ctypes.data
     some = functions.zero_rows(tensor.data_ptr(), _KINDS[tensor.dtype], rows, tensor.numel() // rows, place)
     return found[:rows].copy() if some else None
+
+
+def histogram_entries(
+    fields: bytes, field_ends: IntArray, moments: bytes, limits: FloatArray, counts: FloatArray, ends: IntArray
+) -> bytes | None:
+    """Histograms in the wire format of protobuf; see `instrument.record.wire`.
+
+    Args:
+        fields: What stands before the histogram of each, one behind the other.
+        field_ends: Where that of each ends, of shape (histograms,).
+        moments: Five numbers of each behind their keys, 45 bytes.
+        limits: Right edges of all buckets, of shape (n,).
+        counts: Counts of all buckets, of shape (n,).
+        ends: Where the buckets of each end, of shape (histograms,).
+
+    Returns:
+        Entries of a `Summary`; None where they must be made in Python.
+    """
+    if _library is None or sys.byteorder != "little":
+        return None
+    arrays = [np.ascontiguousarray(array) for array in (limits, counts)]
+    places = [np.ascontiguousarray(array, np.int64) for array in (field_ends, ends)]
+    room = np.empty(len(fields) + sum(array.nbytes for array in arrays) + 128 * len(places[0]), np.uint8)
+    used = _library.releasing.histograms(
+        len(places[0]), fields, places[0].ctypes.data, moments, arrays[0].ctypes.data, arrays[1].ctypes.data,
+        places[1].ctypes.data, room.ctypes.data,
+    )  # fmt: skip
+    return room[:used].tobytes()

@@ -190,7 +190,7 @@ PART void begin(Moments *moments)
 /* To be raised with every change to a signature below: an object of another number is left alone. */
 EXPORT int instrument_interface(void)
 {
-    return 1;
+    return 2;
 }
 
 /* Add `size` values to int64 counts of 4096 codes and to count, sum, sum of squares, minimum and maximum. With a `stride`
@@ -472,4 +472,66 @@ EXPORT int64_t instrument_zero_rows(const void *data, int kind, int64_t rows, in
         found += i == width;
     }
     return found;
+}
+
+static uint8_t *put_varint(uint8_t *place, uint64_t number)
+{
+    for (; number > 0x7F; number >>= 7)
+        *place++ = (uint8_t)(number | 0x80);
+    *place++ = (uint8_t)number;
+    return place;
+}
+
+static int64_t varint_size(uint64_t number)
+{
+    int64_t size = 1;
+    for (; number > 0x7F; number >>= 7)
+        size++;
+    return size;
+}
+
+static uint8_t *put_bytes(uint8_t *place, const void *bytes, int64_t size)
+{
+    memcpy(place, bytes, (size_t)size);
+    return place + size;
+}
+
+/* Histograms as entries of a serialised `Summary`, on a machine whose numbers are little endian as those are. `fields`
+ * holds for each the bytes from its tag to the key of the histogram, which end at `field_ends`; `moments` five numbers
+ * each, with the bytes of their keys; `limits` and `counts` end at `ends`. Returns the number of bytes, of which there is
+ * room for 45 + 64 and the fields, limits and counts of each. */
+EXPORT int64_t instrument_histograms(
+    int64_t many, const uint8_t *fields, const int64_t *field_ends, const uint8_t *moments, const double *limits,
+    const double *counts, const int64_t *ends, uint8_t *out)
+{
+    enum { MOMENTS = 45, VALUE = 0x0A, LIMITS = 0x32, COUNTS = 0x3A };
+    int64_t number, field = 0, start = 0;
+    uint8_t *place = out;
+
+    for (number = 0; number < many; number++) {
+        int64_t size = 8 * (ends[number] - start), field_size = field_ends[number] - field;
+        int64_t length = MOMENTS + 2 * (1 + varint_size((uint64_t)size) + size);
+        *place++ = VALUE;
+        place = put_varint(place, (uint64_t)(field_size + varint_size((uint64_t)length) + length));
+        place = put_bytes(place, fields + field, field_size);
+        place = put_varint(place, (uint64_t)length);
+        place = put_bytes(place, moments + number * MOMENTS, MOMENTS);
+        *place++ = LIMITS;
+        place = put_varint(place, (uint64_t)size);
+        place = put_bytes(place, limits + start, size);
+        *place++ = COUNTS;
+        place = put_varint(place, (uint64_t)size);
+        place = put_bytes(place, counts + start, size);
+        start = ends[number], field = field_ends[number];
+    }
+    return place - out;
+}
+
+/* Bytes that lie at several addresses, one behind the other. */
+EXPORT void instrument_gather(int64_t many, const uint64_t *addresses, const int64_t *sizes, uint8_t *out)
+{
+    int64_t number;
+
+    for (number = 0; number < many; number++)
+        out = put_bytes(out, (const void *)(uintptr_t)addresses[number], sizes[number]);
 }
