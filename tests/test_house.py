@@ -36,7 +36,9 @@ GROUND_ORDER = ["errors", "config", "torch_private"]
 
 
 def modules() -> list[str]:
-    return ["instrument", *(found.name for found in pkgutil.walk_packages([str(PACKAGE)], "instrument."))]
+    # The object built of C is loaded by ctypes, and is no module though it looks like one.
+    found = (module.name for module in pkgutil.walk_packages([str(PACKAGE)], "instrument."))
+    return ["instrument", *(name for name in found if not name.endswith("._engine"))]
 
 
 def imports_of(path: Path) -> set[str]:
