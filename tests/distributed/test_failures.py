@@ -15,6 +15,7 @@ import instrument
 from instrument.errors import RanksError
 from tests.distributed.pair import Pair
 from tests.distributed.test_data_parallel import network, train
+from tests.without import PROJECT
 
 
 def watch_on_first_only(rank: int, logdir: str) -> tuple[str, float, list[str]]:
@@ -114,7 +115,8 @@ def test_a_rank_that_dies_hangs_nobody(tmp_path: Path) -> None:
     """After rank 1 is killed rank 0 trains on, says so, keeps its own records and ends."""
     command = [sys.executable, "-W", "ignore", "-c", DYING]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=PROJECT)
+        for rank in (0, 1)
     ]
     output, _ = ranks[0].communicate(timeout=100)
     ranks[1].communicate(timeout=100)
