@@ -521,3 +521,21 @@ class TestLife:
         assert "nothing looks wrong" in str(watcher.report())
         assert "<pre>" in watcher.report()._repr_html_()
         watcher.close()
+
+
+def test_a_module_replaced_after_a_forward_is_seen_in_the_step(tmp_path: Path) -> None:
+    """Replaced behind a dry run, or between forward and step, a module's parameters are those of the model as it is."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with instrument.watch(model, logdir=tmp_path, interval=1) as watcher:
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.ones(3, 4)).sum()
+        model[2] = nn.Linear(8, 5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.ones(3, 4)).sum().backward()
+        model.append(nn.Linear(5, 1))
+        optimizer.step()
+        watcher.flush()
+        record = watcher.history[0]
+    assert record["Parameters/2.weight"].count == 40
+    assert record["Gradients/2.weight"].count == 40
+    assert record["Parameters/3.weight"].count == 5

@@ -107,14 +107,13 @@ def measure_later(
     with Unseen():
         for tensor in tensors:
             try:
-                place = _place_of_small(tensor) if hides else 0
-                if place:
+                if hides and _is_small(tensor):
                     group = groups.get(tensor.dtype)
                     if group is None or group.is_full:
                         if group is not None:
                             group.copy()
                         group = groups[tensor.dtype] = _Group()
-                    found.append(group.add(tensor, place))
+                    found.append(group.add(tensor))
                 elif _is_launched_with_others(tensor):
                     together = waiting.setdefault((tensor.device, tensor.dtype), _Waiting())
                     together.add(len(found), tensor)
@@ -229,42 +228,46 @@ class Later:
 class _Group:
     """Small tensors of one type that are measured at one time."""
 
-    __slots__ = ("_flat", "_lengths", "_lock", "_measured", "_places", "_size", "_tensors", "is_full")
+    __slots__ = ("_flat", "_is_dense", "_lengths", "_lock", "_measured", "_size", "_tensors", "is_full")
 
     def __init__(self) -> None:
         self.is_full = False
         """Whether no more is to be added."""
         self._tensors: list[torch.Tensor] = []
-        self._places: list[int] = []
+        self._is_dense = True
         self._lengths: list[int] = []
         self._size = 0
         self._flat: torch.Tensor | None = None
         self._measured: Sketches | Exception | None = None
         self._lock = threading.RLock()  # a finalizer may ask in the middle of our own calls
 
-    def add(self, tensor: torch.Tensor, place: int) -> Later:
-        """Take a tensor in, which lies at a place."""
+    def add(self, tensor: torch.Tensor) -> Later:
+        """Take a tensor in."""
         size = tensor.numel()
         self._tensors.append(tensor)
-        self._places.append(place if tensor.is_contiguous() and not tensor.is_neg() else 0)
+        self._is_dense = self._is_dense and tensor.is_contiguous() and not tensor.is_neg()
         self._lengths.append(size)
         self._size += size
         self.is_full = self._size > BLOCK - SMALL or len(self._lengths) == GROUP
         return Later(self, len(self._lengths) - 1)
 
-    def add_copy(self, tensor: torch.Tensor, place: int) -> Later | None:
+    def add_copy(self, tensor: torch.Tensor) -> Later | None:
         """Take a tensor in that nobody else has; None where the group is full or measured already."""
         with self._lock:
-            return None if self.is_full else self.add(tensor, place)
+            return None if self.is_full else self.add(tensor)
 
     def copy(self) -> None:
         """Copy the values, so that the tensors are no longer needed; call it under `Unseen`."""
         self.is_full = True
-        if native.is_there() and all(self._places):
-            self._flat = native.gathered(self._places, np.array(self._lengths), self._tensors[0].dtype)
+        if native.is_there() and self._is_dense:
+            places = [tensor.data_ptr() for tensor in self._tensors]
+            self._flat = native.gathered(places, self._sizes(), self._tensors[0].dtype)
         else:
             self._flat = flattened(self._tensors)
-        self._tensors, self._places = [], []
+        self._tensors = []
+
+    def _sizes(self) -> IntArray:
+        return np.array(self._lengths, np.int64)
 
     def measured(self) -> Sketches | Exception:
         """The sketches of the tensors, in the order in which they came, or what went wrong."""
@@ -275,7 +278,7 @@ class _Group:
                         if self._flat is None:
                             self.copy()
                         assert self._flat is not None
-                        self._measured = _measured_together(self._flat, np.array(self._lengths))
+                        self._measured = _measured_together(self._flat, self._sizes())
                     except Exception as error:
                         self._measured = error
                     self._flat = None
@@ -328,15 +331,14 @@ class Batch:
             UnmeasurableError: As for `measure`.
         """
         with Unseen():
-            if not (can_hide() and _place_of_small(tensor)):
+            if not (can_hide() and _is_small(tensor)):
                 return _measure_large(tensor, self._sample_above, self.devices)
             copy = tensor.clone(memory_format=torch.contiguous_format)
-            place = copy.data_ptr()
         group = self._groups.get(copy.dtype)
-        later = group.add_copy(copy, place) if group is not None else None
+        later = group.add_copy(copy) if group is not None else None
         if later is None:
             group = _Group()
-            later = group.add(copy, place)
+            later = group.add(copy)
             self._groups[copy.dtype] = group  # only now may other threads add to it
         return later
 
@@ -349,15 +351,14 @@ class Batch:
         self.devices.send()
 
 
-def _place_of_small(tensor: torch.Tensor) -> int:
-    """Where a tensor lies that is measured together with others: small, plain and dense, on the CPU; 0 for others."""
-    if (
+def _is_small(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is measured together with others: small, plain and dense, on the CPU, with memory of its own."""
+    return (
         type(tensor) in _PLAIN
         and tensor.is_cpu
         and tensor.dtype in _TYPES
         and tensor.layout is torch.strided
         and 0 < tensor.numel() <= SMALL
         and not tensor.is_nested
-    ):
-        return tensor.data_ptr()  # 0 where its storage is freed
-    return 0
+        and (native.has_memory(tensor) if tensor.is_contiguous() else tensor.untyped_storage().nbytes() != 0)
+    )

@@ -83,7 +83,7 @@ def measure(tensor: torch.Tensor, sample_above: int = 0) -> Sketch:
     if not can_hide():
         raise UnmeasurableError("a dispatch mode is active, and this version of torch offers no way to step out of it")
     with Unseen():
-        if native.can_read(tensor) and tensor.numel() <= (sample_above or BLOCK):  # nothing else is so cheap
+        if native.can_read(tensor) and tensor.numel() <= min(BLOCK, sample_above or BLOCK):  # the cheapest way
             return native.sketch_of(tensor)
         values = readable(tensor)
         if values.tensor.is_cpu:

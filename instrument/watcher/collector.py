@@ -61,7 +61,6 @@ class Collector:
         """What of each tensor lies on this rank; None where there is one rank alone."""
         self.units = UnitJudge(config.functions, self.wants, notices.say)
         self._samples = 0
-        self._is_selected = False  # in this step: a walk through 400 modules takes 4 ms
         self._has_seen_capturing = False
         self._sample_above = config.histogram_sample_above
         self._batch = Batch(self._sample_above)
@@ -101,10 +100,7 @@ class Collector:
 
     def modules(self) -> tuple[ModuleEntry, ...]:
         """The selected modules, as the model is now."""
-        if MODULE_KINDS.isdisjoint(self._kinds):
-            return ()
-        self._is_selected = True
-        return self.select()
+        return self.select() if MODULE_KINDS.intersection(self._kinds) else ()
 
     def _bases(self) -> Iterator[Site]:
         """What is selected; a module stands for all its outputs."""
@@ -189,8 +185,7 @@ class Collector:
     def open(self, step: int) -> None:
         """Begin the record of a step, or go on with it."""
         if self.buffer.step is None:
-            if not self._is_selected:
-                self.select()
+            self.select()
             self._samples = 0
         self.buffer.open(step)
 
@@ -200,7 +195,6 @@ class Collector:
         for name, tally in self.units.silent(self.buffer.units()):
             self.buffer.add_units(name, tally)
         self._batch.cut()
-        self._is_selected = False
         return self.buffer.close()
 
     def add(self, tensors: Iterable[tuple[Site, torch.Tensor]], are_made_for_us: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from instrument import measure
+from instrument.errors import UnmeasurableError
 from instrument.measure import native
 from instrument.measure.batch import measure_many
 from instrument.measure.slopes import slopes_named
@@ -180,7 +181,7 @@ def test_what_cannot_be_read_as_it_lies_goes_another_way() -> None:
     freed.untyped_storage().resize_(0)
     negated = torch.complex(torch.ones(3), torch.ones(3)).conj().imag
     others = [torch.ones(4, 4).t(), torch.ones(8)[::2], negated, freed, torch.empty(0), torch.ones(2).double()]
-    others += [torch.ones(2, device="meta"), torch.ones(3).to_sparse()]
+    others += [torch.ones(2, device="meta"), torch.ones(3).to_sparse(), torch._efficientzerotensor((4, 5))]
     assert [native.can_read(tensor) for tensor in others] == [False] * len(others)
     assert native.can_read(torch.ones(2, requires_grad=True))
 
@@ -201,3 +202,72 @@ def test_an_object_that_does_not_load_is_left_alone(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(ctypes, "CDLL", broken)
     assert native._load() is None
+
+
+@needs_c
+@pytest.mark.parametrize("size", [100, 20_000])
+def test_no_memory_is_read_that_is_gone(size: int) -> None:
+    """A view behind the start of a storage that was freed or cut has an address and no values: that is told."""
+    for left in (0, size):
+        base = torch.ones(3 * size)
+        view = base[size : 2 * size]
+        base.untyped_storage().resize_(4 * left)
+        assert view.data_ptr() != 0
+        assert not native.can_read(view)
+        if not left:
+            with pytest.raises(UnmeasurableError, match="freed"):
+                measure(view)
+            (found,) = measure_many([view])
+            assert isinstance(found, UnmeasurableError)
+            with Unseen(), pytest.raises(UnmeasurableError, match="freed"):
+                tally_rows(view.view(10, -1), 0, 1)
+
+
+@needs_c
+def test_who_measures_in_the_middle_of_a_measurement_disturbs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finalizer may run at any place, and what it measures goes into no room that is in use."""
+    library = native._library
+    assert library is not None
+    inside: list[float] = []
+
+    def interrupted(function: Callable[..., float]) -> Callable[..., float]:
+        def call(*arguments: object) -> float:
+            with monkeypatch.context() as undisturbed:
+                undisturbed.setattr(native, "_library", library)
+                inside.append(measure(torch.full((5000,), 7.0)).mean)
+                found = function(*arguments)
+                with Unseen():
+                    tally_units(torch.full((50, 60), 7.0), 1, None)
+                    tally_rows(torch.zeros(300, 2), 0, 1)
+                inside.append(measure(torch.full((9,), 7.0)).mean)
+            return found
+
+        return call
+
+    keeping = native._Functions(*map(interrupted, library.keeping))
+    monkeypatch.setattr(native, "_library", library._replace(keeping=keeping))
+    sketch = measure(torch.tensor([1.0, 2.0, 3.0]))
+    assert (sketch.count, sketch.low, sketch.high, sketch.total) == (3, 1.0, 3.0, 6.0)
+    with Unseen():
+        tally = tally_units(torch.tensor([[1.0, 5.0], [2.0, -5.0]]), 1, None)
+        rows = tally_rows(torch.tensor([[0.0, 0.0], [0.0, 1.0]]), 0, 1)
+    assert isinstance(tally, UnitTally)
+    assert isinstance(rows, UnitTally)
+    assert (tally.low.tolist(), tally.high.tolist()) == ([1.0, -5.0], [2.0, 5.0])
+    assert rows.dead_flat.tolist() == [True, False]
+    assert len(inside) == 6
+    assert set(inside) == {7.0}
+
+
+@needs_c
+def test_shared_arrays_of_tallies_cannot_be_changed() -> None:
+    """Gradients without a row of zeros share the arrays of their tallies, which refuse to be written to."""
+    with Unseen():
+        first, second = (tally_rows(torch.ones(3, 2), 0, samples) for samples in (4, 5))
+    assert isinstance(first, UnitTally)
+    assert isinstance(second, UnitTally)
+    assert first.flat is second.flat
+    assert (first.samples, second.samples) == (4, 5)
+    for array in (first.low, first.high, first.flat, first.dead_flat):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1

@@ -34,6 +34,7 @@ __all__ = [
     "counts_of_array",
     "flat_of",
     "gathered",
+    "has_memory",
     "histogram_entries",
     "is_there",
     "ranges_of",
@@ -42,7 +43,7 @@ __all__ = [
     "zero_rows_of",
 ]
 
-_INTERFACE = 2
+_INTERFACE = 3
 """Raised with every change to a signature in `engine.c`: an object built of an older one would write anywhere."""
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -61,6 +62,7 @@ class _Functions(NamedTuple):
     """What the object offers."""
 
     accumulate: Any
+    sketch: Any
     sketches: Any
     ranges: Any
     flat: Any
@@ -96,6 +98,7 @@ def _load() -> _Library | None:
 def _functions(library: ctypes.CDLL) -> _Functions:
     functions = _Functions(
         library.instrument_accumulate,
+        library.instrument_sketch,
         library.instrument_sketches,
         library.instrument_ranges,
         library.instrument_flat,
@@ -106,6 +109,8 @@ def _functions(library: ctypes.CDLL) -> _Functions:
     values, cube = (_pointer, _kind), (_number, _number, _number)
     functions.accumulate.argtypes = (*values, _number, _number, _pointer, _pointer, _pointer)
     functions.accumulate.restype = None
+    functions.sketch.argtypes = (*values, _number, _pointer, _pointer, _pointer)
+    functions.sketch.restype = ctypes.c_int64
     functions.sketches.argtypes = (*values, _pointer, _number, _pointer, _pointer, _pointer, _pointer)
     functions.sketches.restype = ctypes.c_int64
     functions.ranges.argtypes = (*values, *cube, *cube, _pointer, _pointer)
@@ -124,25 +129,31 @@ def _functions(library: ctypes.CDLL) -> _Functions:
 _library = _load()
 
 
-class _Room(threading.local):
-    """Room for what is found of one tensor, once a thread, and where it lies: to ask an array takes a microsecond."""
+class _Room:
+    """Room for what is found of one tensor, and where it lies: to ask an array takes a microsecond."""
 
     def __init__(self) -> None:
-        self.codes = np.empty(CODES, np.uint16)
-        self.counts = np.empty(CODES, np.int64)
+        self.codes, self.counts = np.empty(CODES, np.uint16), np.empty(CODES, np.int64)
         self.numbers = np.empty(len(FIELDS))
-        self.length, self.end = ctypes.c_int64(), ctypes.c_int64()
+        self.sketch_places = self.codes.ctypes.data, self.counts.ctypes.data, self.numbers.ctypes.data
         self.lows, self.highs = np.empty(_UNITS, np.float32), np.empty(_UNITS, np.float32)
-        self.rows = np.empty(_UNITS, np.bool_)
-        self.places = (
-            self.codes.ctypes.data, self.counts.ctypes.data, ctypes.addressof(self.end), self.numbers.ctypes.data
-        )  # fmt: skip
-        self.length_place = ctypes.addressof(self.length)
         self.units_places = self.lows.ctypes.data, self.highs.ctypes.data
+        self.rows = np.empty(_UNITS, np.bool_)
         self.rows_place = self.rows.ctypes.data
 
 
-_room = _Room()
+class _Rooms(threading.local):
+    """The rooms of a thread that nobody uses: a finalizer or a signal that measures in the middle of it has another."""
+
+    def __init__(self) -> None:
+        self.free: list[_Room] = []
+
+    def take(self) -> _Room:
+        """One that is nobody else's until it is given back."""
+        return self.free.pop() if self.free else _Room()
+
+
+_rooms = _Rooms()
 
 
 def is_there() -> bool:
@@ -151,20 +162,31 @@ def is_there() -> bool:
 
 
 def can_measure(tensor: torch.Tensor) -> bool:
-    """Whether a dense tensor on the CPU can be measured here: float32 or bfloat16, contiguous, and not empty."""
-    return _library is not None and tensor.dtype in _KINDS and tensor.is_contiguous() and tensor.numel() > 0
+    """Whether a dense tensor on the CPU can be measured here: float32 or bfloat16, contiguous, not empty, all there."""
+    return (
+        _library is not None
+        and tensor.dtype in _KINDS
+        and tensor.is_contiguous()
+        and tensor.numel() > 0
+        and not tensor.is_neg()
+        and has_memory(tensor)
+    )
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a contiguous tensor on the CPU has memory for all of its values: a storage may be freed or cut."""
+    end = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+    return tensor.data_ptr() != 0 and tensor.untyped_storage().nbytes() >= end
 
 
 def can_read(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of any kind is one that `can_measure` allows, plain and with values in its memory."""
+    """Whether a tensor of any kind is a plain one that `can_measure` allows."""
     return (
         type(tensor) in _PLAIN
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and not tensor.is_nested
         and can_measure(tensor)
-        and not tensor.is_neg()
-        and tensor.data_ptr() != 0  # its storage is freed
     )
 
 
@@ -211,11 +233,12 @@ def sketch_of(tensor: torch.Tensor) -> Sketch:
         tensor: One that `can_measure` allows, of less than 2**32 elements.
     """
     assert _library is not None
-    room, size = _room, tensor.numel()
+    room, size = _rooms.take(), tensor.numel()
     functions = _library.keeping if size <= SHORT else _library.releasing
-    room.length.value = size
-    used = functions.sketches(tensor.data_ptr(), _KINDS[tensor.dtype], room.length_place, 1, *room.places)
-    return made(room.codes[:used].copy(), room.counts[:used].copy(), room.numbers.tolist())
+    used = functions.sketch(tensor.data_ptr(), _KINDS[tensor.dtype], size, *room.sketch_places)
+    sketch = made(room.codes[:used].copy(), room.counts[:used].copy(), room.numbers.tolist())
+    _rooms.free.append(room)
+    return sketch
 
 
 def sketches_of(flat: torch.Tensor, lengths: IntArray) -> Sketches:
@@ -268,13 +291,15 @@ def ranges_of(
     """
     assert _library is not None
     functions = _library.keeping if tensor.numel() <= SHORT else _library.releasing
-    units, room = cube[1], _room
+    units, room = cube[1], _rooms.take()
     lows, highs, places = room.lows, room.highs, room.units_places
     if units > _UNITS:
         lows, highs = np.empty(units, np.float32), np.empty(units, np.float32)
         places = lows.ctypes.data, highs.ctypes.data
     squares = functions.ranges(tensor.data_ptr(), _KINDS[tensor.dtype], *cube, *every, *places)
-    return lows[:units].astype(np.float64), highs[:units].astype(np.float64), squares
+    found = lows[:units].astype(np.float64), highs[:units].astype(np.float64), squares
+    _rooms.free.append(room)
+    return found
 
 
 def flat_of(tensor: torch.Tensor, cube: tuple[int, int, int], step: int, low: float, high: float) -> IntArray:
@@ -310,13 +335,15 @@ def zero_rows_of(tensor: torch.Tensor) -> npt.NDArray[np.bool_] | None:
     """
     assert _library is not None
     functions = _library.keeping if tensor.numel() <= SHORT else _library.releasing
-    rows, room = len(tensor), _room
+    rows, room = len(tensor), _rooms.take()
     found, place = room.rows, room.rows_place
     if rows > _UNITS:
         found = np.empty(rows, np.bool_)
         place = found.ctypes.data
     some = functions.zero_rows(tensor.data_ptr(), _KINDS[tensor.dtype], rows, tensor.numel() // rows, place)
-    return found[:rows].copy() if some else None
+    zero = found[:rows].copy() if some else None
+    _rooms.free.append(room)
+    return zero
 
 
 def histogram_entries(

@@ -187,10 +187,18 @@ PART void begin(Moments *moments)
     moments->high = -INFINITY;
 }
 
+#if defined(_WIN32)
+/* The linker wants this of every extension; nobody imports this one. */
+EXPORT void *PyInit__engine(void)
+{
+    return 0;
+}
+#endif
+
 /* To be raised with every change to a signature below: an object of another number is left alone. */
 EXPORT int instrument_interface(void)
 {
-    return 2;
+    return 3;
 }
 
 /* Add `size` values to int64 counts of 4096 codes and to count, sum, sum of squares, minimum and maximum. With a `stride`
@@ -248,75 +256,97 @@ WIDE EXPORT void instrument_accumulate(
     }
 }
 
-/* Sketches of tensors that lie one behind the other: codes that occur, how often, where those of each tensor end, and
- * sum, sum of squares, minimum, maximum, count, zeros, NaN, Inf and share of the histogram of each. Returns the number of
- * codes in all, of which there is room for as many as there are values. */
+/* The sketch of `size` values from `start` on: codes that occur and how often, as many as are returned; and sum, sum of
+ * squares, minimum, maximum, count, zeros, NaN, Inf and share of the histogram. The first table holds zeros before and
+ * after. */
+PART int64_t sketch_one(
+    const void *data, int kind, int64_t start, int64_t size, uint32_t (*tables)[CODES], float *room,
+    uint16_t *codes, int64_t *counts, double *numbers)
+{
+    /* A few values are counted sooner in one table, which is all there is to be cleared and looked through then. */
+    int used_tables = size <= RUN ? 1 : TABLES, code, table, k;
+    int64_t used = 0, end = start + size, length;
+    double zeros = 0, nans = 0, infs = 0;
+    Moments moments;
+
+    begin(&moments);
+    if (used_tables > 1)
+        memset(tables[1], 0, (TABLES - 1) * sizeof tables[0]);
+    for (; start < end; start += length) {
+        const float *x;
+        length = end - start < RUN ? end - start : RUN;
+        x = run_of(data, kind, start, length, room);
+        if (!add_plain(x, length, &moments))
+            add_rare(x, length, tables[0], &moments);
+        else if (used_tables > 1)
+            count_plain(x, length, tables);
+        else
+            for (k = 0; k < length; k++)
+                tables[0][bits_of(x[k]) >> CODE_SHIFT]++;
+    }
+    for (table = 1; table < used_tables; table++)
+        for (code = 0; code < CODES; code++)
+            tables[0][code] += tables[table][code];
+    for (code = 0; code < CODES; code += GLANCE) {
+        uint32_t any = 0;
+        for (k = code; k < code + GLANCE; k++)
+            any |= tables[0][k];
+        if (!any)
+            continue;
+        for (k = code; k < code + GLANCE; k++) {
+            uint32_t count = tables[0][k];
+            if (!count)
+                continue;
+            tables[0][k] = 0;
+            codes[used] = (uint16_t)k;
+            counts[used++] = count;
+            if (!(k & (SIGN - 1)))
+                zeros += count;
+            else if ((k & (SIGN - 1)) == INF_CODE)
+                infs += count;
+            else if ((k & (SIGN - 1)) > INF_CODE)
+                nans += count;
+        }
+    }
+    numbers[0] = moments.total;
+    numbers[1] = moments.squares;
+    numbers[2] = moments.low;
+    numbers[3] = moments.high;
+    numbers[4] = moments.count;
+    numbers[5] = zeros;
+    numbers[6] = nans;
+    numbers[7] = infs;
+    numbers[8] = 1;
+    return used;
+}
+
+/* The sketch of one tensor of less than 2^32 values; there is room for 4096 codes and counts. */
+WIDE EXPORT int64_t instrument_sketch(
+    const void *data, int kind, int64_t size, uint16_t *codes, int64_t *counts, double *numbers)
+{
+    uint32_t tables[TABLES][CODES];
+    float room[RUN];
+
+    memset(tables[0], 0, sizeof tables[0]);
+    return sketch_one(data, kind, 0, size, tables, room, codes, counts, numbers);
+}
+
+/* Sketches of tensors that lie one behind the other, and where the codes of each end. Returns the number of codes in all,
+ * of which there is room for as many as there are values. */
 WIDE EXPORT int64_t instrument_sketches(
     const void *data, int kind, const int64_t *lengths, int64_t many,
     uint16_t *codes, int64_t *counts, int64_t *ends, double *numbers)
 {
     uint32_t tables[TABLES][CODES];
     float room[RUN];
-    int64_t tensor, start = 0, used = 0, end, length;
-    int code, table, k;
+    int64_t tensor, start = 0, used = 0;
 
     memset(tables[0], 0, sizeof tables[0]);
     for (tensor = 0; tensor < many; tensor++) {
-        /* A few values are counted sooner in one table, which is all there is to be cleared and looked through then. */
-        int used_tables = lengths[tensor] <= RUN ? 1 : TABLES;
-        double *row = numbers + tensor * FIELDS;
-        double zeros = 0, nans = 0, infs = 0;
-        Moments moments;
-
-        begin(&moments);
-        if (used_tables > 1)
-            memset(tables[1], 0, sizeof tables - sizeof tables[0]);
-        for (end = start + lengths[tensor]; start < end; start += length) {
-            const float *x;
-            length = end - start < RUN ? end - start : RUN;
-            x = run_of(data, kind, start, length, room);
-            if (!add_plain(x, length, &moments))
-                add_rare(x, length, tables[0], &moments);
-            else if (used_tables > 1)
-                count_plain(x, length, tables);
-            else
-                for (k = 0; k < length; k++)
-                    tables[0][bits_of(x[k]) >> CODE_SHIFT]++;
-        }
-        for (table = 1; table < used_tables; table++)
-            for (code = 0; code < CODES; code++)
-                tables[0][code] += tables[table][code];
-        for (code = 0; code < CODES; code += GLANCE) {
-            uint32_t any = 0;
-            for (k = code; k < code + GLANCE; k++)
-                any |= tables[0][k];
-            if (!any)
-                continue;
-            for (k = code; k < code + GLANCE; k++) {
-                uint32_t count = tables[0][k];
-                if (!count)
-                    continue;
-                tables[0][k] = 0;
-                codes[used] = (uint16_t)k;
-                counts[used++] = count;
-                if (!(k & (SIGN - 1)))
-                    zeros += count;
-                else if ((k & (SIGN - 1)) == INF_CODE)
-                    infs += count;
-                else if ((k & (SIGN - 1)) > INF_CODE)
-                    nans += count;
-            }
-        }
+        used += sketch_one(
+            data, kind, start, lengths[tensor], tables, room, codes + used, counts + used, numbers + tensor * FIELDS);
         ends[tensor] = used;
-        row[0] = moments.total;
-        row[1] = moments.squares;
-        row[2] = moments.low;
-        row[3] = moments.high;
-        row[4] = moments.count;
-        row[5] = zeros;
-        row[6] = nans;
-        row[7] = infs;
-        row[8] = 1;
+        start += lengths[tensor];
     }
     return used;
 }

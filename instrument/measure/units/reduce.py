@@ -186,7 +186,7 @@ def tally_plain(
     return UnitTally(function, extent.samples, 1, low, high, counted, flat, dead_flat, never_flat, extent.square_mean)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)
 def _nothing(units: int) -> tuple[IntArray, BoolArray]:
     """No sample, and no unit; nobody may change them."""
     counts, flags = np.zeros(units, np.int64), np.zeros(units, np.bool_)
@@ -230,10 +230,20 @@ def tally_rows(gradient: torch.Tensor, axis: int, samples: int) -> UnitTally | D
     return _row_tally(alive, samples)
 
 
-@functools.lru_cache(maxsize=4096)
 def _living(units: int, samples: int) -> UnitTally:
-    """The tally of a gradient without a row of zeros, which is that of nearly every gradient of every step."""
-    return _row_tally(np.ones(units, np.bool_), samples)
+    """The tally of a gradient without a row of zeros, as nearly all are; those of as many rows share their arrays."""
+    low, high, flat, never = _alive(units)
+    return UnitTally(None, samples, 1, low, high, 1, flat, never, never, math.nan, "gradient rows")
+
+
+@functools.lru_cache(maxsize=64)
+def _alive(units: int) -> tuple[FloatArray, FloatArray, IntArray, BoolArray]:
+    """Nothing is known of the range of any unit, and none was flat; nobody may change them."""
+    low = np.full(units, -math.inf)
+    arrays = low, -low, *_nothing(units)
+    for array in arrays:
+        array.flags.writeable = False
+    return arrays
 
 
 def _row_tally(alive: BoolArray, samples: int) -> UnitTally:
