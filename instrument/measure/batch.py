@@ -1,11 +1,11 @@
-"""Many small tensors measured together: one call of NumPy for all of them instead of a dozen for each.
+"""Many small tensors measured together: one call for all of them instead of a dozen for each.
 
 What shaped it, measured on one core with torch 2.13 and NumPy 2.4:
 
-* a tensor of a thousand elements takes 18 us by itself, of which 2 are its elements; in a batch of a few hundred it
-  takes 5, the making of its sketch included;
-* `flatten_dense_tensors` copies a small tensor in 0.45 us, where a call of its own for each takes 1 to 3; a clone,
-  for what cannot be referred to until the batch is full, takes 1.3;
+* a tensor of a thousand elements takes 8 us by itself where C measures it, and 31 in NumPy; together with a few hundred
+  others it takes 3 when it comes, and 2 in C when it is asked for;
+* `flatten_dense_tensors` copies a small tensor in 0.45 us, as C does by addresses; a clone, for what cannot be referred
+  to until the batch is full, takes 1.3 to 4.
 """
 
 from __future__ import annotations

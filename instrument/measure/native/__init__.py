@@ -1,8 +1,8 @@
 """The loops over elements, in C where the package was installed with a compiler at hand.
 
 Whoever calls these asks `can_measure` first and does the same in NumPy where it says no: codes and counts are equal,
-sums are made in another order. Measured on one core with torch 2.13 (nanoseconds an element of 10 million): 0.6 where
-NumPy takes 1.6, and 4 us for a tensor of a thousand elements where it takes 18.
+sums are made in another order. Measured on one core with torch 2.13, in one run: 10 million float32 take 0.9 ns an
+element where NumPy takes 3.0, 10 million bfloat16 1.3 and 2.5, a tensor of a thousand elements 8 us and 31.
 
 A short call keeps the interpreter lock: given up, another thread has it before this one comes back, and may keep it for
 longer than the call took.
@@ -258,7 +258,7 @@ def sketches_of(flat: torch.Tensor, lengths: IntArray) -> Sketches:
 
 
 def gathered(addresses: Sequence[int], lengths: IntArray, dtype: torch.dtype) -> torch.Tensor:
-    """The values of contiguous tensors, one tensor behind the other: a third of the time of `flatten_dense_tensors`.
+    """The values of contiguous tensors, one tensor behind the other.
 
     Args:
         addresses: Where the values of each begin; the tensors must live meanwhile.
