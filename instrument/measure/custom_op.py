@@ -61,9 +61,9 @@ def measure(tensor: torch.Tensor, sample_above: int = 0) -> Sketch:
         tensor: Of any shape, strides and type: floating point (float8 included), integers, bool; complex by
             its magnitude; sparse by its values plus the zeros implied; DTensor by its local shard.
         sample_above: The histogram of a tensor with more elements is made of about this many of them, which takes
-            four fifths of the time for millions of elements; 0 means that it is always made of all. Statistics and counts of zeros, NaN and Inf
-            are of all values in any case. Where it would save nothing, it is of all: on a GPU, and beyond 524,288
-            elements of 16-bit floating point.
+            four fifths of the time for millions of elements; 0 means that it is always made of all. Statistics and
+            counts of zeros, NaN and Inf are of all values in any case. Where it would save nothing, it is of all: on a
+            GPU, and beyond 524,288 elements of 16-bit floating point.
 
     Returns:
         The sketch; its `histogram_share` says where it was sampled.
