@@ -137,8 +137,12 @@ def test_watches_with_runs_of_their_own_leave_no_thread_and_no_file_open(tmp_pat
 
 def test_ten_thousand_sampled_steps_take_no_more_memory_than_some(tmp_path: Path) -> None:
     """Of ten thousand sampled steps the last four thousand leave less than half a block and a hundred bytes each."""
-    early, _, filled, _, last = in_a_process_of_its_own(train, tmp_path)
-    assert last.resident_kilobytes - early.resident_kilobytes < 2000
+    early, _, filled, later, last = in_a_process_of_its_own(train, tmp_path)
+    # What is in use is exact: 0.4 MB and 6600 blocks until the history is full. Pages are not: of those that are free,
+    # the allocator gives back what it can at that moment, and 1 to 5 MB more were seen with the same bytes in use.
+    assert last.heap_bytes - early.heap_bytes < 1_000_000
+    assert last.blocks - early.blocks < 10_000
+    assert min(later.resident_kilobytes, last.resident_kilobytes) - early.resident_kilobytes < 2000
     # Until some four thousand steps the history of what is thinned out still fills.
     assert last.blocks - filled.blocks < 2000
     assert last.heap_bytes - filled.heap_bytes < 400_000
