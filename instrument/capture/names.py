@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -27,6 +28,7 @@ __all__ = [
     "named_parameters",
     "nearest_names",
     "select",
+    "site_of",
     "unwrapped",
 ]
 
@@ -49,6 +51,10 @@ class Site(NamedTuple):
 
     name: str
     """Module or parameter name without wrapper parts; one of several outputs as ``name[0]``."""
+
+
+site_of = functools.lru_cache(maxsize=65_536)(Site)
+"""The site of a kind and a name: the same come again each step, and made anew would keep the garbage collector busy."""
 
 
 class ModuleEntry(NamedTuple):

@@ -8,13 +8,12 @@ backward leaves gradients in the discriminator, which no one will ever apply.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from instrument.capture.names import ParameterEntry, Site
+from instrument.capture.names import ParameterEntry, Site, site_of
 from instrument.torch_private import Unseen, has_hooks, parameters_of
 
 __all__ = ["UPDATE_SAMPLE", "Parameters"]
@@ -71,7 +70,7 @@ class Parameters:
             Site and parameter.
         """
         for entry in self._entries:
-            site = _site("parameters", entry.name)
+            site = site_of("parameters", entry.name)
             if not has(site):
                 parameter = entry.get()
                 if parameter is not None:
@@ -95,12 +94,12 @@ class Parameters:
                 if scale is not None:
                     with Unseen():
                         gradient = gradient / scale
-                yield _site("gradients", name), gradient
+                yield site_of("gradients", name), gradient
 
     def values(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[Site, torch.Tensor]]:
         """The parameters themselves, as tensors that are not set up for gradients."""
         for name, parameter in parameters:
-            yield _site("parameters", name), parameter
+            yield site_of("parameters", name), parameter
 
     def remember(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
         """Keep a sample of each parameter as it is before the step."""
@@ -117,11 +116,7 @@ class Parameters:
                     after = _sample(parameter)
                     change = after.double() - before.double() if after.shape == before.shape else None
                 if change is not None:
-                    yield _site("updates", name), change
-
-
-_site = functools.lru_cache(maxsize=65_536)(Site)
-"""The same sites come again each step: made anew they would keep the garbage collector busy."""
+                    yield site_of("updates", name), change
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:

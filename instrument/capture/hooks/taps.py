@@ -14,7 +14,6 @@ What shaped it (each costs somebody a training run elsewhere):
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 import weakref
@@ -35,7 +34,7 @@ from instrument.capture.hooks.objects import (
     Tap,
     keep_hooks_uncompiled,
 )
-from instrument.capture.names import ModuleEntry, Site
+from instrument.capture.names import ModuleEntry, Site, site_of
 from instrument.capture.outputs import named_tensors
 from instrument.torch_private import in_backward, in_compiled_call, in_functorch
 
@@ -336,12 +335,12 @@ class Taps:
     def _take(self, name: str, inputs: Any, output: Any, forward: ForwardPass) -> None:
         outputs = (("", output),) if type(output) is torch.Tensor else named_tensors(output)
         for path, tensor in outputs:
-            site = _site("activations", name + path)
+            site = site_of("activations", name + path)
             if self._listener.wants(site):
                 measured = self._listener.take(site, tensor)
                 if measured is not None:
                     forward.taken.append((site, measured))
-            site = _site("activation_gradients", name + path)
+            site = site_of("activation_gradients", name + path)
             if self._listener.wants(site):
                 if tensor.requires_grad and torch.is_grad_enabled():
                     self._hook_tensor(tensor, GradientTap(self, site, forward))
@@ -365,10 +364,6 @@ class Taps:
         handle = tensor.register_hook(hook)
         if tensor.is_leaf:  # a leaf outlives the step, and with it our hook would
             self._leaf_handles.append(handle)
-
-
-_site = functools.lru_cache(maxsize=65_536)(Site)
-"""The same sites come again each step."""
 
 
 def _fused(model: nn.Module | None) -> set[int]:

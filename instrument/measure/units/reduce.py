@@ -94,7 +94,7 @@ def extent_of(tensor: torch.Tensor, axis: int) -> Extent:
     """
     dense = _dense(tensor, axis)
     if dense is not None:
-        return Extent(math.prod(tuple(tensor.shape)[:axis]), *native.ranges_of(*dense, _every(*dense[1])))
+        return Extent(_sides(tensor, axis)[0], *native.ranges_of(*dense, _every(*dense[1])))
     tensor = tensor.detach()
     values = _values(tensor, axis)
     samples, units, positions = values.shape
@@ -113,10 +113,9 @@ def extent_of(tensor: torch.Tensor, axis: int) -> Extent:
 
 def _dense(tensor: torch.Tensor, axis: int) -> tuple[torch.Tensor, tuple[int, int, int]] | None:
     """What `native` can read, as so many samples, units and positions; of channels last, positions are samples."""
-    shape = tuple(tensor.shape)  # parts of a `torch.Size` take a microsecond each
-    samples, units, positions = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+    samples, units, positions = sides = _sides(tensor, axis)
     if native.can_measure(tensor):
-        return tensor, (samples, units, positions)
+        return tensor, sides
     if not native.is_there() or positions == 1 or tensor.stride(axis) != 1:
         return None
     last = tensor.movedim(axis, -1)
@@ -296,10 +295,15 @@ def _unpacked(numbers: npt.NDArray[np.floating[Any]], slopes: Slopes | None, sam
     return UnitTally(slopes.function, samples, 1, low, high, samples, flat, dead, never, float(squares[0]))
 
 
+def _sides(tensor: torch.Tensor, axis: int) -> tuple[int, int, int]:
+    """How many samples, units and positions a tensor has."""
+    shape = tuple(tensor.shape)  # parts of a `torch.Size` take a microsecond each
+    return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+
+
 def _cube(tensor: torch.Tensor, axis: int) -> torch.Tensor:
     """The tensor as samples, units and positions, of shape (s, u, p); a view wherever possible."""
-    shape = tensor.shape
-    return tensor.reshape(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+    return tensor.reshape(_sides(tensor, axis))
 
 
 def _values(tensor: torch.Tensor, axis: int) -> _Values:
@@ -370,13 +374,12 @@ def _square_mean(sample: _Values) -> float:
 def _flat_samples(tensor: torch.Tensor, axis: int, tails: Tails) -> tuple[int, IntArray]:
     """How many samples were looked at, and on how many of them each unit was flat."""
     leading = tensor.shape[:axis]
-    samples = math.prod(leading)
-    units, positions = tensor.shape[axis], math.prod(tensor.shape[axis + 1 :])
+    samples, _, positions = sides = _sides(tensor, axis)
     step = math.ceil(samples / (COUNTED if positions == 1 else COUNTED_IMAGES))
     while step > 1 and any(math.gcd(step, size) != 1 for size in leading):
         step += 1
     if native.can_measure(tensor):
-        flat = native.flat_of(tensor, (samples, units, positions), step, tails.low, tails.high)
+        flat = native.flat_of(tensor, sides, step, tails.low, tails.high)
         return math.ceil(samples / step), flat
     cube = _cube(tensor.detach(), axis)
     is_flat = _is_flat(_floats(_host(cube)[::step]), tails)
