@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from instrument.measure import native
+from instrument.measure.native import library
 from instrument.watcher.watcher import watchers
 
 
@@ -28,9 +28,9 @@ def _clean_ground(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
 @pytest.fixture(scope="module", params=["C", "NumPy"])
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """Measure in C, where the package was installed with a compiler, and in NumPy."""
-    library = native._library
-    if request.param == "C" and library is None:
+    loaded = library.loaded
+    if request.param == "C" and loaded is None:
         pytest.skip("the package was installed without a compiler")
-    native._library = library if request.param == "C" else None
+    library.loaded = loaded if request.param == "C" else None
     yield request.param
-    native._library = library
+    library.loaded = loaded

@@ -13,8 +13,10 @@ import numpy.typing as npt
 
 __all__ = [
     "CODES",
+    "GRID",
     "INF_CODE",
     "SIGN",
+    "SMALLEST",
     "CodeCounts",
     "FloatArray",
     "Histograms",
@@ -23,6 +25,7 @@ __all__ = [
     "count_below",
     "divided",
     "histograms",
+    "log10_edges",
     "log10_histograms",
     "pure_codes",
 ]
@@ -65,7 +68,9 @@ _RANKS = np.concatenate((np.arange(SIGN, 2 * SIGN), np.arange(SIGN, 0, -1)))
 """Place of each code in the order of values; the two codes of zero share one."""
 
 _HALF = np.arange(1, HISTOGRAM_BUCKETS // 2 + 1) / (HISTOGRAM_BUCKETS // 2)
-_GRID = np.concatenate((-(_HALF[::-1] ** 3), [0.0, 0.0], _HALF**3))
+GRID = np.concatenate((-(_HALF[::-1] ** 3), [0.0, 0.0], _HALF**3))
+"""Edges of the buckets of values whose largest magnitude is 1; zero stands twice."""
+
 ZERO = HISTOGRAM_BUCKETS // 2
 """Where in the grid of edges the first of the two zeros stands."""
 
@@ -184,7 +189,7 @@ class Histograms(NamedTuple):
 def histograms(knots: Knots) -> Histograms:
     """Histograms with narrow buckets near zero; see `instrument.measure.sketch.Sketch.histogram`."""
     low, high, zeros = knots.low[:, None], knots.high[:, None], knots.zeros[:, None]
-    edges = knots.abs_max[:, None] * _GRID
+    edges = knots.abs_max[:, None] * GRID
     inside = (edges > low) & (edges < high)
     below = np.rint(knots.below(edges))
     # Two edges stand at zero: between them lies the bucket of the zeros, where there are any.
@@ -208,15 +213,28 @@ def log10_histograms(knots: Knots) -> Histograms:
     Tensors without a value that is not zero have one empty bucket.
     """
     nonzero = knots.count - knots.zeros
-    largest = np.maximum(knots.abs_max, SMALLEST)
-    low, high = np.log10(np.minimum(knots.smallest, largest))[:, None], np.log10(largest)[:, None]
-    edges = low + (high - low) * np.linspace(0.0, 1.0, LOG10_BUCKETS + 1)
-    magnitudes = 10.0**edges
+    edges, magnitudes = log10_edges(knots.smallest, knots.abs_max)
     below = np.rint(knots.below(magnitudes) - knots.below(-magnitudes) - knots.zeros[:, None])
     below[:, 0], below[:, -1] = 0.0, nonzero
     counts = np.diff(below, axis=1)
     ends = np.cumsum(np.full(len(counts), LOG10_BUCKETS))
     return Histograms(counts.ravel(), edges[:, 1:].ravel(), edges[:, 0], ends)
+
+
+def log10_edges(smallest: FloatArray, largest: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Edges of the buckets of log10 of magnitudes.
+
+    Args:
+        smallest: A lower bound of the magnitudes of each tensor.
+        largest: The largest of them.
+
+    Returns:
+        The edges, evenly spaced, and the magnitudes there; of shape (tensors, `LOG10_BUCKETS` + 1).
+    """
+    largest = np.maximum(largest, SMALLEST)
+    low, high = np.log10(np.minimum(smallest, largest))[:, None], np.log10(largest)[:, None]
+    edges = low + (high - low) * np.linspace(0.0, 1.0, LOG10_BUCKETS + 1)
+    return edges, 10.0**edges
 
 
 def count_below(part: CodeCounts, threshold: float) -> float:

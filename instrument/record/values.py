@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from instrument.config import SECTIONS
+from instrument.measure import native
 from instrument.measure.columns import Sketches
 from instrument.measure.histogram import FloatArray, Histograms, IntArray, Knots, histograms, log10_histograms
 from instrument.record.buffer import StepRecord
@@ -124,15 +125,25 @@ def _are_spread(tags: tuple[str, ...]) -> npt.NDArray[np.bool_]:
 
 
 def _slices(tags: list[str], sketches: Sketches, with_log10: bool) -> Iterator[HistogramSlice]:
-    knots = Knots(sketches.codes, sketches.counts, sketches.ends, sketches.column("low"), sketches.column("high"))
     total, squares = sketches.column("total"), sketches.column("total_squares")
+    log10_tags = [_tags_under(tag, (LOG10,))[0] for tag in tags] if with_log10 else []
+    nothing = np.zeros(len(tags))
+    if native.is_there():
+        linear, numbers = native.histograms_of(sketches)
+        count, zeros, smallest = numbers.T
+        yield _slice(tags, linear, count, total, squares)
+        if with_log10:
+            log10 = native.log10_histograms_of(sketches, smallest)
+            yield _slice(log10_tags, log10, count - zeros, nothing, nothing)
+        return
+    knots = Knots(sketches.codes, sketches.counts, sketches.ends, sketches.column("low"), sketches.column("high"))
     yield _slice(tags, histograms(knots), knots.count, total, squares)
     if with_log10:
-        tags = [_tags_under(tag, (LOG10,))[0] for tag in tags]
-        nothing = np.zeros(len(tags))
-        yield _slice(tags, log10_histograms(knots), knots.count - knots.zeros, nothing, nothing)
+        yield _slice(log10_tags, log10_histograms(knots), knots.count - knots.zeros, nothing, nothing)
 
 
-def _slice(tags: list[str], found: Histograms, num: IntArray, total: FloatArray, squares: FloatArray) -> HistogramSlice:
+def _slice(
+    tags: list[str], found: Histograms, num: IntArray | FloatArray, total: FloatArray, squares: FloatArray
+) -> HistogramSlice:
     high, values = found.limits[found.ends - 1], num.astype(np.float64)
     return HistogramSlice(tags, found.first, high, values, total, squares, found.limits, found.counts, found.ends)

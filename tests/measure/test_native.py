@@ -21,6 +21,7 @@ from instrument import measure
 from instrument.errors import UnmeasurableError
 from instrument.measure import native
 from instrument.measure.batch import measure_many
+from instrument.measure.native import library
 from instrument.measure.slopes import slopes_named
 from instrument.measure.units import UnitTally, tally_rows, tally_units
 from instrument.torch_private import Unseen
@@ -49,11 +50,11 @@ SPECIAL = (
 
 @contextmanager
 def numpy_alone() -> Iterator[None]:
-    library, native._library = native._library, None
+    loaded, library.loaded = library.loaded, None
     try:
         yield
     finally:
-        native._library = library
+        library.loaded = loaded
 
 
 def values_of(size: int, special: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -189,8 +190,8 @@ def test_what_cannot_be_read_as_it_lies_goes_another_way() -> None:
 @needs_c
 def test_an_object_of_another_interface_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """An object that was built of other sources, as after an update in place, is not called."""
-    monkeypatch.setattr(native, "_INTERFACE", native._INTERFACE + 1)
-    assert native._load() is None
+    monkeypatch.setattr(library, "_INTERFACE", library._INTERFACE + 1)
+    assert library._load() is None
 
 
 @needs_c
@@ -201,7 +202,7 @@ def test_an_object_that_does_not_load_is_left_alone(tmp_path: Path, monkeypatch:
         raise OSError(f"{path}: wrong ELF class")
 
     monkeypatch.setattr(ctypes, "CDLL", broken)
-    assert native._load() is None
+    assert library._load() is None
 
 
 @needs_c
@@ -226,14 +227,14 @@ def test_no_memory_is_read_that_is_gone(size: int) -> None:
 @needs_c
 def test_who_measures_in_the_middle_of_a_measurement_disturbs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A finalizer may run at any place, and what it measures goes into no room that is in use."""
-    library = native._library
-    assert library is not None
+    loaded = library.loaded
+    assert loaded is not None
     inside: list[float] = []
 
     def interrupted(function: Callable[..., float]) -> Callable[..., float]:
         def call(*arguments: object) -> float:
             with monkeypatch.context() as undisturbed:
-                undisturbed.setattr(native, "_library", library)
+                undisturbed.setattr(library, "loaded", loaded)
                 inside.append(measure(torch.full((5000,), 7.0)).mean)
                 found = function(*arguments)
                 with Unseen():
@@ -244,8 +245,8 @@ def test_who_measures_in_the_middle_of_a_measurement_disturbs_nothing(monkeypatc
 
         return call
 
-    keeping = native._Functions(*map(interrupted, library.keeping))
-    monkeypatch.setattr(native, "_library", library._replace(keeping=keeping))
+    keeping = library._Functions(*map(interrupted, loaded.keeping))
+    monkeypatch.setattr(library, "loaded", loaded._replace(keeping=keeping))
     sketch = measure(torch.tensor([1.0, 2.0, 3.0]))
     assert (sketch.count, sketch.low, sketch.high, sketch.total) == (3, 1.0, 3.0, 6.0)
     with Unseen():

@@ -13,6 +13,7 @@
  *   way, value by value.
  */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -38,6 +39,9 @@
 #define PART static inline
 #define PREFETCH(place) ((void)0)
 #endif
+
+/* Sums and edges are to be rounded as NumPy rounds them: each operation by itself. */
+#pragma STDC FP_CONTRACT OFF
 
 enum { FLOAT32, BFLOAT16 };
 
@@ -198,7 +202,7 @@ EXPORT void *PyInit__engine(void)
 /* To be raised with every change to a signature below: an object of another number is left alone. */
 EXPORT int instrument_interface(void)
 {
-    return 3;
+    return 4;
 }
 
 /* Add `size` values to int64 counts of 4096 codes and to count, sum, sum of squares, minimum and maximum. With a `stride`
@@ -564,4 +568,174 @@ EXPORT void instrument_gather(int64_t many, const uint64_t *addresses, const int
 
     for (number = 0; number < many; number++)
         out = put_bytes(out, (const void *)(uintptr_t)addresses[number], sizes[number]);
+}
+
+/* The cumulative distribution of one tensor: codes of finite values, rising, of which the negative ones are the last; how
+ * often each occurs; and the extremes. Within a code, values are taken to be spread evenly. */
+typedef struct {
+    const uint16_t *codes;
+    const int64_t *counts;
+    int64_t size, negative;
+    double low, high;
+} Curve;
+
+/* How far a search for rising values has come: the code that is looked at, in the order of values, and what is below. */
+typedef struct {
+    int64_t place;
+    double before;
+} Walk;
+
+static int64_t index_of(const Curve *curve, int64_t place)
+{
+    return place < curve->negative ? curve->size - 1 - place : place - curve->negative;
+}
+
+static double value_of(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* The least magnitude of a code without sign, and the most. */
+static double least_of(int bare)
+{
+    return bare <= 1 ? 0 : value_of((uint32_t)bare << CODE_SHIFT);
+}
+
+static double most_of(int bare)
+{
+    return bare == 0 ? 0 : bare == INF_CODE - 1 ? FLT_MAX : value_of((uint32_t)(bare + 1) << CODE_SHIFT);
+}
+
+/* Place of a code in the order of values. */
+static int rank_of(int code)
+{
+    return code < SIGN ? SIGN + code : 2 * SIGN - code;
+}
+
+/* How many values are below one that is not zero, and not below that of the last search. */
+static double below(const Curve *curve, Walk *walk, double value)
+{
+    double magnitude = value < 0 ? -value : value, left, right, share;
+    int code = (int)(bits_of((float)(magnitude < FLT_MAX ? magnitude : FLT_MAX)) >> CODE_SHIFT), wanted, rank = 0;
+    int64_t index = 0;
+
+    wanted = SIGN + (value < 0 ? -1 : 1) * (code > 1 ? code : 1);
+    for (; walk->place < curve->size; walk->place++) {
+        index = index_of(curve, walk->place);
+        rank = rank_of(curve->codes[index]);
+        if (rank >= wanted)
+            break;
+        walk->before += (double)curve->counts[index];
+    }
+    if (walk->place == curve->size || rank != wanted)
+        return walk->before;
+    code = curve->codes[index];
+    left = code < SIGN ? least_of(code) : -most_of(code & (SIGN - 1));
+    right = code < SIGN ? most_of(code) : -least_of(code & (SIGN - 1));
+    if (walk->place == 0)
+        left = curve->low;
+    if (walk->place == curve->size - 1)
+        right = curve->high;
+    left = left < curve->high ? left : curve->high;
+    share = (value - left) / (right > left ? right - left : 1);
+    share = share < 0 ? 0 : share > 1 ? 1 : share;
+    return walk->before + (double)curve->counts[index] * share;
+}
+
+static Curve curve_of(
+    int64_t number, const uint16_t *codes, const int64_t *counts, const int64_t *ends, const double *low, const double *high)
+{
+    int64_t start = number ? ends[number - 1] : 0, k;
+    Curve curve = {codes + start, counts + start, ends[number] - start, 0, low[number], high[number]};
+
+    for (k = curve.size; k > 0 && curve.codes[k - 1] >= SIGN; k--)
+        curve.negative++;
+    return curve;
+}
+
+/* Histograms of values between `edges`, of 1 and rising, of which the two in the middle are zero and hold the zeros
+ * between them; see `histograms` in `histogram.py`. Returns the number of buckets in all, of which there is room for 67 a
+ * tensor, with their right edges and counts, and where those of each tensor end; and gives three numbers for each: values,
+ * zeros among them, and the least magnitude of the code of the smallest that is not zero. */
+EXPORT int64_t instrument_buckets(
+    int64_t many, const uint16_t *codes, const int64_t *counts, const int64_t *ends, const double *low, const double *high,
+    const double *edges, double *limits, double *heights, int64_t *bucket_ends, double *numbers)
+{
+    enum { EDGES = 66, ZERO = 32 };
+    int64_t number, used = 0, k;
+
+    for (number = 0; number < many; number++) {
+        Curve curve = curve_of(number, codes, counts, ends, low, high);
+        Walk walk = {0, 0};
+        double count = 0, zeros = 0, negatives = 0, previous = 0, most = curve.high;
+        int smallest = INF_CODE - 1;
+
+        most = -curve.low > most ? -curve.low : most;
+        for (k = 0; k < curve.size; k++) {
+            int code = curve.codes[k], bare = code & (SIGN - 1);
+            double amount = (double)curve.counts[k];
+            count += amount;
+            zeros += bare ? 0 : amount;
+            negatives += code > SIGN ? amount : 0;
+            smallest = bare && bare < smallest ? bare : smallest;
+        }
+        for (k = 0; k < EDGES; k++) {
+            double edge = most * edges[k], at;
+            if (k == ZERO) {
+                if (!(curve.low < 0 && (zeros > 0 || curve.high > 0)))
+                    continue;
+                at = negatives;
+            } else if (k == ZERO + 1) {
+                if (!(zeros > 0 && curve.high > 0))
+                    continue;
+                at = negatives + zeros;
+            } else {
+                if (!(edge > curve.low && edge < curve.high))
+                    continue;
+                at = rint(below(&curve, &walk, edge));
+            }
+            limits[used] = edge;
+            heights[used++] = at - previous;
+            previous = at;
+        }
+        limits[used] = curve.high;
+        heights[used++] = count - previous;
+        bucket_ends[number] = used;
+        numbers[3 * number] = count;
+        numbers[3 * number + 1] = zeros;
+        numbers[3 * number + 2] = least_of(smallest);
+    }
+    return used;
+}
+
+/* Histograms of magnitudes: of each tensor the counts between `many_edges` rising ones, the first and the last of which
+ * hold all that is not zero between them. */
+EXPORT void instrument_magnitudes(
+    int64_t many, const uint16_t *codes, const int64_t *counts, const int64_t *ends, const double *low, const double *high,
+    const double *edges, int64_t many_edges, double *heights)
+{
+    int64_t number, k;
+
+    for (number = 0; number < many; number++, edges += many_edges, heights += many_edges - 1) {
+        Curve curve = curve_of(number, codes, counts, ends, low, high);
+        Walk up = {0, 0}, down = {0, 0};
+        double count = 0, zeros = 0, previous = 0;
+
+        for (k = 0; k < curve.size; k++) {
+            double amount = (double)curve.counts[k];
+            count += amount;
+            zeros += curve.codes[k] & (SIGN - 1) ? 0 : amount;
+        }
+        /* What lies beyond on the other side of zero, from the largest magnitude on, so that values rise there too. */
+        for (k = many_edges - 2; k > 0; k--)
+            heights[k - 1] = below(&curve, &down, -edges[k]);
+        for (k = 1; k < many_edges - 1; k++) {
+            double at = rint(below(&curve, &up, edges[k]) - heights[k - 1] - zeros);
+            heights[k - 1] = at - previous;
+            previous = at;
+        }
+        heights[many_edges - 2] = count - zeros - previous;
+    }
 }

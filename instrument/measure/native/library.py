@@ -1,0 +1,114 @@
+"""The object that `engine.c` was built into: found, checked and loaded; nothing where there was no compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["SHORT", "functions", "is_there"]
+
+_INTERFACE = 4
+"""Raised with every change to a signature in `engine.c`: an object built of an older one would write anywhere."""
+
+SHORT = 32_768
+"""Elements up to which a call keeps the interpreter lock, for at most 20 us."""
+
+_pointer, _number, _kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+class _Functions(NamedTuple):
+    """What the object offers."""
+
+    accumulate: Any
+    sketch: Any
+    sketches: Any
+    ranges: Any
+    flat: Any
+    zero_rows: Any
+    histograms: Any
+    gather: Any
+    buckets: Any
+    magnitudes: Any
+
+
+class _Library(NamedTuple):
+    """The same functions twice."""
+
+    keeping: _Functions
+    """They keep the interpreter lock."""
+
+    releasing: _Functions
+    """They give it up meanwhile."""
+
+
+def _load() -> _Library | None:
+    here = Path(__file__).parent
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = here / f"_engine{suffix}"
+        if path.is_file():
+            try:
+                keeping, releasing = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
+                if releasing.instrument_interface() == _INTERFACE:
+                    return _Library(_functions(keeping), _functions(releasing))
+            except (OSError, AttributeError):  # built for another machine, or of another interface
+                continue
+    return None
+
+
+def _functions(library: ctypes.CDLL) -> _Functions:
+    functions = _Functions(
+        library.instrument_accumulate,
+        library.instrument_sketch,
+        library.instrument_sketches,
+        library.instrument_ranges,
+        library.instrument_flat,
+        library.instrument_zero_rows,
+        library.instrument_histograms,
+        library.instrument_gather,
+        library.instrument_buckets,
+        library.instrument_magnitudes,
+    )
+    values, cube = (_pointer, _kind), (_number, _number, _number)
+    functions.accumulate.argtypes = (*values, _number, _number, _pointer, _pointer, _pointer)
+    functions.accumulate.restype = None
+    functions.sketch.argtypes = (*values, _number, _pointer, _pointer, _pointer)
+    functions.sketch.restype = ctypes.c_int64
+    functions.sketches.argtypes = (*values, _pointer, _number, _pointer, _pointer, _pointer, _pointer)
+    functions.sketches.restype = ctypes.c_int64
+    functions.ranges.argtypes = (*values, *cube, *cube, _pointer, _pointer)
+    functions.ranges.restype = ctypes.c_double
+    functions.flat.argtypes = (*values, *cube, _number, ctypes.c_float, ctypes.c_float, _pointer)
+    functions.flat.restype = None
+    functions.zero_rows.argtypes = (*values, _number, _number, _pointer)
+    functions.zero_rows.restype = ctypes.c_int64
+    functions.histograms.argtypes = (_number, *[_pointer] * 7)
+    functions.histograms.restype = ctypes.c_int64
+    functions.gather.argtypes = (_number, _pointer, _pointer, _pointer)
+    functions.gather.restype = None
+    functions.buckets.argtypes = (_number, *[_pointer] * 10)
+    functions.buckets.restype = ctypes.c_int64
+    functions.magnitudes.argtypes = (_number, *[_pointer] * 6, _number, _pointer)
+    functions.magnitudes.restype = None
+    return functions
+
+
+loaded = _load()
+"""The functions; None where the package was installed without a compiler."""
+
+
+def is_there() -> bool:
+    """Whether the package was installed with these functions."""
+    return loaded is not None
+
+
+def functions(size: float = math.inf) -> _Functions:
+    """The functions for a call about so many elements, where `is_there`; without a number, for a long call.
+
+    A short call keeps the interpreter lock: given up, another thread has it before this one comes back, and may keep it
+    for longer than the call took.
+    """
+    assert loaded is not None
+    return loaded.keeping if size <= SHORT else loaded.releasing

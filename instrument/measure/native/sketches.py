@@ -1,0 +1,167 @@
+"""Counts of codes, moments and sketches, in C; and which tensors can be read there."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from instrument.measure.columns import FIELDS, Sketches, made
+from instrument.measure.histogram import CODES, IntArray, spread
+from instrument.measure.native.library import functions, is_there
+from instrument.measure.sketch import Sketch
+
+__all__ = [
+    "KINDS",
+    "can_measure",
+    "can_read",
+    "counts_of",
+    "counts_of_array",
+    "gathered",
+    "has_memory",
+    "sketch_of",
+    "sketches_of",
+]
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+"""Number of each type that can be read."""
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+class _Room:
+    """Room for the sketch of one tensor, and where it lies: to ask an array takes a microsecond."""
+
+    def __init__(self) -> None:
+        self.codes, self.counts = np.empty(CODES, np.uint16), np.empty(CODES, np.int64)
+        self.numbers = np.empty(len(FIELDS))
+        self.places = self.codes.ctypes.data, self.counts.ctypes.data, self.numbers.ctypes.data
+
+
+class _Rooms(threading.local):
+    """The rooms of a thread that nobody uses: a finalizer or a signal that measures in the middle of it has another."""
+
+    def __init__(self) -> None:
+        self.free: list[_Room] = []
+
+    def take(self) -> _Room:
+        """One that is nobody else's until it is given back."""
+        return self.free.pop() if self.free else _Room()
+
+
+_rooms = _Rooms()
+
+
+def can_measure(tensor: torch.Tensor) -> bool:
+    """Whether a dense tensor on the CPU can be measured here: float32 or bfloat16, contiguous, not empty, all there."""
+    return (
+        is_there()
+        and tensor.dtype in KINDS
+        and tensor.is_contiguous()
+        and tensor.numel() > 0
+        and not tensor.is_neg()
+        and has_memory(tensor)
+    )
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a contiguous tensor on the CPU has memory for all of its values: a storage may be freed or cut."""
+    end = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+    return tensor.data_ptr() != 0 and tensor.untyped_storage().nbytes() >= end
+
+
+def can_read(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of any kind is a plain one that `can_measure` allows."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and can_measure(tensor)
+    )
+
+
+def counts_of(tensor: torch.Tensor, stride: int = 1) -> tuple[IntArray, list[float]]:
+    """Counts of codes, and moments.
+
+    Args:
+        tensor: One that `can_measure` allows.
+        stride: Every how many elements codes are counted, as if the others were spread alike; zeros, moments, and what
+            lies near NaN and Inf, are of all.
+
+    Returns:
+        Int64 of shape (4096,), and count, sum, sum of squares, minimum and maximum of the finite values.
+    """
+    return _counts_at(tensor.data_ptr(), KINDS[tensor.dtype], tensor.numel(), stride)
+
+
+def counts_of_array(values: npt.NDArray[np.float32], stride: int = 1) -> tuple[IntArray, list[float]]:
+    """The same of float32 of shape (n,), contiguous, where `is_there`."""
+    return _counts_at(values.ctypes.data, KINDS[torch.float32], values.size, stride)
+
+
+def _counts_at(address: int, kind: int, size: int, stride: int) -> tuple[IntArray, list[float]]:
+    # One array for each call: codes, those of a sample, moments and what the sample stands for.
+    codes = np.zeros(CODES if stride == 1 else 2 * CODES, np.int64)
+    found = np.array([0.0, 0.0, 0.0, math.inf, -math.inf, 0.0, 0.0])
+    place = codes.ctypes.data
+    call = functions(size)
+    call.accumulate(address, kind, size, stride, place, place + codes.nbytes // 2, found.ctypes.data)
+    *moments, zeros, others = found.tolist()
+    if stride == 1:
+        return codes, moments
+    sampled = spread(codes[CODES:], int(zeros), int(others))
+    if sampled is None:  # it has none of those that are not zero
+        return _counts_at(address, kind, size, 1)
+    return codes[:CODES] + sampled, moments
+
+
+def sketch_of(tensor: torch.Tensor) -> Sketch:
+    """The sketch of one tensor.
+
+    Args:
+        tensor: One that `can_measure` allows, of less than 2**32 elements.
+    """
+    room, size = _rooms.take(), tensor.numel()
+    call = functions(size)
+    used = call.sketch(tensor.data_ptr(), KINDS[tensor.dtype], size, *room.places)
+    sketch = made(room.codes[:used].copy(), room.counts[:used].copy(), room.numbers.tolist())
+    _rooms.free.append(room)
+    return sketch
+
+
+def sketches_of(flat: torch.Tensor, lengths: IntArray) -> Sketches:
+    """Sketches of values that stand one tensor behind the other.
+
+    Args:
+        flat: The values, of shape (n,); one that `can_measure` allows.
+        lengths: How many of them each tensor has, at least 1: int64, contiguous.
+    """
+    codes, counts = np.empty(flat.numel(), np.uint16), np.empty(flat.numel(), np.int64)
+    ends: npt.NDArray[np.int64] = np.empty(lengths.size, np.int64)
+    numbers = np.empty((lengths.size, len(FIELDS)))
+    places = (array.ctypes.data for array in (codes, counts, ends, numbers))
+    used = functions().sketches(flat.data_ptr(), KINDS[flat.dtype], lengths.ctypes.data, lengths.size, *places)
+    return Sketches(codes[:used].copy(), counts[:used].copy(), ends, numbers)
+
+
+def gathered(addresses: Sequence[int], lengths: IntArray, dtype: torch.dtype) -> torch.Tensor:
+    """The values of contiguous tensors, one tensor behind the other.
+
+    Args:
+        addresses: Where the values of each begin; the tensors must live meanwhile.
+        lengths: How many elements each has, int64 of shape (tensors,), contiguous.
+        dtype: Their type.
+
+    Returns:
+        A new tensor of shape (n,).
+    """
+    flat = torch.empty(int(lengths.sum()), dtype=dtype)
+    places, sizes = np.array(addresses, np.uint64), lengths * dtype.itemsize
+    call = functions(flat.numel())
+    call.gather(len(places), places.ctypes.data, sizes.ctypes.data, flat.data_ptr())
+    return flat

@@ -1,0 +1,110 @@
+"""Ranges, flat samples and zero rows of units, in C."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from instrument.measure.histogram import FloatArray, IntArray
+from instrument.measure.native.library import functions
+from instrument.measure.native.sketches import KINDS
+
+__all__ = ["flat_of", "ranges_of", "zero_rows_of"]
+
+_UNITS = 8192
+"""Units of which the ranges, or rows of which the flags have room that is there already."""
+
+
+class _Room:
+    """Room for what is found of the units of one tensor, and where it lies."""
+
+    def __init__(self) -> None:
+        self.lows, self.highs = np.empty(_UNITS, np.float32), np.empty(_UNITS, np.float32)
+        self.places = self.lows.ctypes.data, self.highs.ctypes.data
+        self.rows = np.empty(_UNITS, np.bool_)
+        self.rows_place = self.rows.ctypes.data
+
+
+class _Rooms(threading.local):
+    """The rooms of a thread that nobody uses: a finalizer or a signal that measures in the middle of it has another."""
+
+    def __init__(self) -> None:
+        self.free: list[_Room] = []
+
+    def take(self) -> _Room:
+        """One that is nobody else's until it is given back."""
+        return self.free.pop() if self.free else _Room()
+
+
+_rooms = _Rooms()
+
+
+def ranges_of(
+    tensor: torch.Tensor, cube: tuple[int, int, int], every: tuple[int, int, int]
+) -> tuple[FloatArray, FloatArray, float]:
+    """Range of each unit, and the scale of the values.
+
+    Args:
+        tensor: One that `can_measure` allows.
+        cube: As how many samples, units and positions it is read.
+        every: Of how many samples, units and positions one is looked at for the scale.
+
+    Returns:
+        Smallest and largest value of each unit, float64, NaN where one was NaN; mean square of the values looked at.
+    """
+    call = functions(tensor.numel())
+    units, room = cube[1], _rooms.take()
+    lows, highs, places = room.lows, room.highs, room.places
+    if units > _UNITS:
+        lows, highs = np.empty(units, np.float32), np.empty(units, np.float32)
+        places = lows.ctypes.data, highs.ctypes.data
+    squares = call.ranges(tensor.data_ptr(), KINDS[tensor.dtype], *cube, *every, *places)
+    found = lows[:units].astype(np.float64), highs[:units].astype(np.float64), squares
+    _rooms.free.append(room)
+    return found
+
+
+def flat_of(tensor: torch.Tensor, cube: tuple[int, int, int], step: int, low: float, high: float) -> IntArray:
+    """On how many samples each unit was flat.
+
+    Args:
+        tensor: One that `can_measure` allows.
+        cube: As how many samples, units and positions it is read.
+        step: Of how many samples one is looked at.
+        low: A sample is flat where all its positions are at most this,
+        high: or at least this; infinite where there is no such tail.
+
+    Returns:
+        Int64 of shape (units,).
+    """
+    call = functions(tensor.numel() // step)
+    flat = np.empty(cube[1], np.int64)
+    # Where there is no tail, Inf is not in it either: nothing compares with NaN.
+    tails = low if low > -math.inf else math.nan, high if high < math.inf else math.nan
+    call.flat(tensor.data_ptr(), KINDS[tensor.dtype], *cube, step, *tails, flat.ctypes.data)
+    return flat
+
+
+def zero_rows_of(tensor: torch.Tensor) -> npt.NDArray[np.bool_] | None:
+    """Which rows of a tensor are zero in whole.
+
+    Args:
+        tensor: One that `can_measure` allows, of shape (rows, ...).
+
+    Returns:
+        Bool of shape (rows,); None where no row is.
+    """
+    call = functions(tensor.numel())
+    rows, room = len(tensor), _rooms.take()
+    found, place = room.rows, room.rows_place
+    if rows > _UNITS:
+        found = np.empty(rows, np.bool_)
+        place = found.ctypes.data
+    some = call.zero_rows(tensor.data_ptr(), KINDS[tensor.dtype], rows, tensor.numel() // rows, place)
+    zero = found[:rows].copy() if some else None
+    _rooms.free.append(room)
+    return zero
