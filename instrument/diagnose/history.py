@@ -113,14 +113,16 @@ class UnitHistory:
         words = ("always saturated", "never saturated") if function in TWO_SIDED else ("never fires", "always fires")
         return unit_map(name, columns.steps(), columns.rates(), words)
 
-    def values(self) -> list[Summary.Value]:
-        """The unit maps of all modules, for an event."""
-        pictures = ((name, self.picture(name)) for name in self._columns)
-        return [
-            as_value(tag_of(Site("activations", name), UNIT_MAP), image)
-            for name, image in pictures
-            if image is not None
-        ]
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Names of the modules of which there is a picture."""
+        return tuple(self._columns)
+
+    def value(self, name: str) -> Summary.Value:
+        """The unit map of one of the modules that are `drawn`, for an event."""
+        image = self.picture(name)
+        assert image is not None
+        return as_value(tag_of(Site("activations", name), UNIT_MAP), image)
 
 
 class _Columns:
