@@ -78,7 +78,11 @@ class Doctor:
         self._waiting: deque[tuple[StepRecord, bool]] = deque()
         self._done: deque[Examination] = deque()
         self._told: list[Finding] = []
-        self._seen: dict[_Key, tuple[Level, int]] = {}
+        # Hundreds of findings come again each step where gradients vanish: of each its key is kept once, and no pair of
+        # numbers is made anew, for the sake of the garbage collector.
+        self._keys: dict[_Key, _Key] = {}
+        self._seen_level: dict[_Key, Level] = {}
+        self._seen_at: dict[_Key, int] = {}
         self._active: dict[_Key, Finding] = {}
         self._units: dict[str, UnitStatus] = {}
         self._judged_at: int | None = None
@@ -205,11 +209,11 @@ class Doctor:
                     finding = next(
                         (old for old in reversed(self._told) if old.diagnostic == finding.diagnostic), finding
                     )
-                active[finding.diagnostic, finding.site] = finding
+                active[self._key(finding.diagnostic, finding.site)] = finding
         if not reading.units:  # units are judged on some readings only; in between, what was found of them stands
             kept = {key: old for key, old in self._active.items() if key[0] in _OF_UNITS}
             active = {**kept, **active}
-            self._seen.update({key: (self._seen[key][0], reading.step) for key in kept})
+            self._seen_at.update(dict.fromkeys(kept, reading.step))
         self._active = active
         self._told += told
         return tuple(told)
@@ -233,7 +237,8 @@ class Doctor:
         self._told = [finding for finding in self._told if finding.step < step]
         known = {(finding.diagnostic, finding.site) for finding in self._told}
         known |= {(finding.diagnostic, None) for finding in self._told if finding.diagnostic in ONCE}
-        self._seen = {key: (level, min(last, step)) for key, (level, last) in self._seen.items() if key in known}
+        self._seen_level = {key: level for key, level in self._seen_level.items() if key in known}
+        self._seen_at = {key: min(last, step) for key, last in self._seen_at.items() if key in known}
 
     def _ask(self, diagnostic: Diagnostic, readings: tuple[Reading, ...]) -> list[Finding]:
         try:
@@ -249,15 +254,17 @@ class Doctor:
 
     def _is_new(self, finding: Finding, is_once: bool) -> bool:
         """Whether a finding is to be told: never before, or worse, or back after the cooldown."""
-        key = finding.diagnostic, None if is_once else finding.site
-        level, step = self._seen.get(key, (finding.level, None))
-        self._seen[key] = max(level, finding.level), finding.step
-        if step is None or finding.level > level:
-            return True
-        if finding.step - step > self._config.finding_cooldown:
-            self._seen[key] = finding.level, finding.step
-            return True
-        return False
+        key = self._key(finding.diagnostic, None if is_once else finding.site)
+        level, step = self._seen_level.get(key, finding.level), self._seen_at.get(key)
+        is_worse = finding.level > level
+        is_back = step is not None and finding.step - step > self._config.finding_cooldown
+        self._seen_level[key] = finding.level if is_worse or is_back else level
+        self._seen_at[key] = finding.step
+        return step is None or is_worse or is_back
+
+    def _key(self, diagnostic: str, site: Site | None) -> _Key:
+        key = diagnostic, site
+        return self._keys.setdefault(key, key)
 
 
 _OF_UNITS = frozenset({"dead_units", "saturated_units"})

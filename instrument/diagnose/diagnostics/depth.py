@@ -91,9 +91,9 @@ def _profiles(readings: Sequence[Reading], kind: str, config: Config) -> Iterato
     for names in groups.values():
         if len(names) < _FEWEST_LAYERS:
             continue
-        series = [[column.get(name, 0.0) for column in columns] for name in names]
         # A layer whose gradient is zero stops everything behind it; that is no trend, and is told elsewhere.
-        if all(0.0 < value < math.inf for values in series for value in values):
+        if all(0.0 < column.get(name, 0.0) < math.inf for name in names for column in columns):
+            series = [[column[name] for column in columns] for name in names]
             yield names, [10.0 ** (math.fsum(map(math.log10, values)) / len(values)) for values in series]
 
 

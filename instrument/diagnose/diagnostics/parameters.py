@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
-from instrument.capture.names import Site
+from instrument.capture.names import Site, site_of
 from instrument.config import Config
 from instrument.diagnose.diagnostics.words import listed, newest
 from instrument.diagnose.findings import Finding, Level
@@ -31,17 +32,23 @@ def no_gradient(readings: Sequence[Reading], config: Config) -> Iterator[Finding
         if not traits.requires_grad or name in have_one:
             continue
         is_there = any(name in column for column in columns)
-        what = "has a gradient of nothing but zeros" if is_there else "has never had a gradient"
-        why = (
-            "Nothing flows back to it: a dead layer, a detach() or a multiplication by zero lies behind it."
-            if is_there
-            else "Either nothing that leads to the loss uses it, or it was not given to the optimizer: check forward() "
-            "and optimizer.param_groups, or set requires_grad to False if that is meant."
-        )
         yield Finding(
-            Level.WARN, "no_gradient", Site("gradients", name), last.step, 0.0, 0.0, "gradient",
-            f"{name} {what} on the last {len(recent)} readings, so it does not learn. {why}",
+            Level.WARN, "no_gradient", site_of("gradients", name), last.step, 0.0, 0.0, "gradient",
+            _without_gradient(name, is_there, len(recent)),
         )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _without_gradient(name: str, is_there: bool, readings: int) -> str:
+    """The words for a parameter, which come again each step: where gradients vanish there are hundreds of them."""
+    what = "has a gradient of nothing but zeros" if is_there else "has never had a gradient"
+    why = (
+        "Nothing flows back to it: a dead layer, a detach() or a multiplication by zero lies behind it."
+        if is_there
+        else "Either nothing that leads to the loss uses it, or it was not given to the optimizer: check forward() "
+        "and optimizer.param_groups, or set requires_grad to False if that is meant."
+    )
+    return f"{name} {what} on the last {readings} readings, so it does not learn. {why}"
 
 
 def unchanged(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
