@@ -131,7 +131,8 @@ def children_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """The children of a module under their names."""
     if "_modules" not in _module_attributes:
         return list(module.named_children())
-    return [(name, child) for name, child in module._modules.items() if child is not None]
+    own = module._modules
+    return [(name, child) for name, child in own.items() if child is not None] if own else []
 
 
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:

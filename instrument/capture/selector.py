@@ -7,7 +7,7 @@ Modules and parameters come and go: a head is replaced, a layer frozen into anot
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -18,7 +18,7 @@ from instrument.torch_private import children_of, is_compiled, parameters_of
 
 __all__ = ["Selector"]
 
-_Shape: TypeAlias = "list[tuple[Any, ...]]"
+_Shape: TypeAlias = "list[Any]"
 
 
 class Selector:
@@ -32,8 +32,7 @@ class Selector:
     Example:
         >>> model = nn.Sequential(nn.Linear(1, 1))
         >>> selector = Selector(model, Patterns(["**.bias"]), ["parameters"])
-        >>> model.append(nn.Linear(1, 1)) and selector.select()
-        ()
+        >>> model.append(nn.Linear(1, 1)) and selector.look()
         >>> [place.name for place in selector.parameters]
         ['0.bias', '1.bias']
     """
@@ -54,13 +53,13 @@ class Selector:
         self.is_new = False
         """Whether the last look found something else than the one before."""
 
-    def select(self) -> tuple[ModuleEntry, ...]:
-        """Look at the model as it is now; returns the selected modules, none where the model is gone."""
+    def look(self) -> None:
+        """Look at the model as it is now; where it is gone, the parameters selected last stand."""
         model = self._model()
-        if model is None:  # the parameters selected last stand, for the last step to be logged
-            return ()
-        walked, shape = _walk(model)
         self.is_new = False
+        if model is None:
+            return
+        walked, shape = _walk(model)
         # Numbers of objects are given out again: they tell modules apart only while all of them are alive.
         if shape != self._shape or any(module() is None for module in self._walked):
             selection = select(model, self._patterns, self._kinds)
@@ -70,30 +69,28 @@ class Selector:
             ]
             self.module_names = tuple(module.name for module in selection.modules)
             self.parameters, self.last_layer, self.is_new = selection.parameters, selection.last_layer, True
-            return selection.modules
-        return tuple(
-            ModuleEntry(name, module, is_root, is_inside)
-            for name, ref, is_root, is_inside in self._modules
-            if (module := ref()) is not None
-        )
+
+    def modules(self) -> Iterator[ModuleEntry]:
+        """The modules selected when the model was last looked at; none where it is gone."""
+        if self._model() is None:
+            return
+        for name, ref, is_root, is_inside in self._modules:
+            module = ref()
+            if module is not None:
+                yield ModuleEntry(name, module, is_root, is_inside)
 
 
 def _walk(model: nn.Module) -> tuple[list[nn.Module], _Shape]:
     """Every module once, and what a selection depends on: names and identities, and what makes a module callable."""
-    found, shape, seen = [model], [], {id(model)}
+    found, seen = [model], {id(model)}
+    shape: _Shape = []
     for module in found:  # grows meanwhile
         children, parameters = children_of(module), parameters_of(module)
-        shape.append(
-            (
-                id(module),
-                *((name, id(child)) for name, child in children),
-                *parameters,
-                *map(id, parameters.values()),
-                is_compiled(module),
-                has_forward(module),
-            )
-        )
-        for _, child in children:
+        shape += (id(module), is_compiled(module), has_forward(module), len(children))
+        shape += parameters
+        shape += map(id, parameters.values())
+        for name, child in children:
+            shape += (name, id(child))
             if id(child) not in seen:
                 seen.add(id(child))
                 found.append(child)

@@ -64,7 +64,8 @@ def test_what_is_selected_is_what_selecting_anew_gives(change: Callable[[Any], N
     def check() -> None:
         for _ in range(2):
             expected = select(model, patterns, KINDS)
-            assert selector.select() == expected.modules
+            selector.look()
+            assert tuple(selector.modules()) == expected.modules
             assert selector.parameters == expected.parameters
             assert selector.module_names == tuple(module.name for module in expected.modules)
 
@@ -85,10 +86,10 @@ def test_names_are_matched_only_where_something_changed(monkeypatch: pytest.Monk
     model = net()
     selector = Selector(model, Patterns(["**"]), KINDS)
     for _ in range(10):
-        selector.select()
+        selector.look()
     assert len(calls) == 1
     model.append(nn.ReLU())
-    selector.select()
+    selector.look()
     assert len(calls) == 2
 
 
@@ -99,7 +100,8 @@ def test_modules_that_come_where_others_were_are_told_apart() -> None:
     for _ in range(50):
         model[0] = nn.Linear(2, 2)
         gc.collect()
-        assert selector.select()[1].module is model[0]
+        selector.look()
+        assert [*selector.modules()][1].module is model[0]
         assert selector.parameters[0].get() is model[0].weight
 
 
@@ -107,7 +109,7 @@ def test_the_selector_keeps_nothing_alive() -> None:
     """A model and a module that was taken out are freed although they were selected, and then nothing is selected."""
     model = net()
     selector = Selector(model, Patterns(["**"]), KINDS)
-    selector.select()
+    selector.look()
     gone = weakref.ref(model[0])
     del model[0]
     gc.collect()
@@ -116,4 +118,5 @@ def test_the_selector_keeps_nothing_alive() -> None:
     del model
     gc.collect()
     assert gone_model() is None
-    assert selector.select() == ()
+    selector.look()
+    assert [*selector.modules()] == []

@@ -66,16 +66,17 @@ class PassListener(Protocol):
     def modules(self) -> Iterable[ModuleEntry]:
         """The modules to attach to, as the model is now."""
 
-    def take(self, site: Site, tensor: torch.Tensor) -> Any:
-        """Measure a tensor as it is now; what comes back is kept for the pass, unless it is None."""
+    def take(self, site: Site, tensor: torch.Tensor, taken: list[Any]) -> None:
+        """Measure a tensor as it is now, and add what is to be kept for the pass."""
 
-    def judge(self, name: str, inputs: Any, output: Any) -> tuple[Site, Any] | None:
-        """Look at a call of a module as a whole; what comes back is kept for the pass, unless it is None.
+    def judge(self, name: str, inputs: Any, output: Any, taken: list[Any]) -> None:
+        """Look at a call of a module as a whole, and add what is to be kept for the pass.
 
         Args:
             name: Name of the module.
             inputs: Its positional arguments, as the call has left them.
             output: What it returned.
+            taken: Where to add it.
         """
 
     def sees_through_graphs(self) -> bool:
@@ -149,14 +150,13 @@ class Taps:
         self._are_attached = True
         is_compiled_call, is_root_traced = in_compiled_call(), self.is_root_traced
         everything = self._listener.sees_through_graphs()
-        outside: list[ModuleEntry] = []
-        inside: list[ModuleEntry] = []
+        inside: list[str] = []
+        fused = _fused(self._model())
         for entry in self._listener.modules():
             is_inside = entry.is_inside_compiled or (is_compiled_call and not entry.is_root) or is_root_traced
-            (inside if is_inside and not everything else outside).append(entry)
-        self._listener.inside_graph(entry.name for entry in inside)
-        fused = _fused(self._model())
-        for entry in outside:
+            if is_inside and not everything:
+                inside.append(entry.name)
+                continue
             # One that is there already was kept because a graph was compiled with it.
             if entry.name in self._hooks or id(entry.module) in fused:
                 continue
@@ -167,6 +167,7 @@ class Taps:
                 self._hooks[entry.name] = (tap, entry.module.register_forward_hook(tap))
             except Exception as error:
                 self._listener.failed(entry.name, error)
+        self._listener.inside_graph(inside)
 
     def detach(self) -> None:
         """Take the hooks off the selected modules, except for those that a graph was compiled with."""
@@ -185,7 +186,7 @@ class Taps:
         """Whether the root was called from within a compiled function, and so is part of a graph itself."""
         return any(hook.is_traced for hook, _ in self._root_hooks)
 
-    def collect(self, step: int) -> list[tuple[Site, Any]]:
+    def collect(self, step: int) -> list[Any]:
         """What training passes yielded for a step since the last call, in the order of execution.
 
         A pass counts when gradients flowed back through its output. Where that happened to none, as when the
@@ -196,7 +197,7 @@ class Taps:
             step: Number of the step whose optimizer asks; passes that an earlier one asked for are dropped.
 
         Returns:
-            Site and what `take` gave for it.
+            What the listener added for each of them, one pass behind the other.
         """
         if not self._waiting:
             return []
@@ -206,7 +207,7 @@ class Taps:
         self._waiting = [forward for forward in self._waiting if forward.step is None or forward.step >= step]
         complete = [forward for forward in self._waiting if forward.complete]
         confirmed = [forward for forward in complete if forward.counts]
-        taken: list[tuple[Site, Any]] = []
+        taken: list[Any] = []
         for forward in confirmed or [f for f in complete if not (f.is_loose or f.is_evaluation)]:
             taken += forward.taken
             forward.taken = []
@@ -326,9 +327,7 @@ class Taps:
     def gradient_arrived(self, site: Site, gradient: torch.Tensor, forward: ForwardPass) -> None:
         """The gradient of a module's output is there: measure it."""
         try:
-            measured = self._listener.take(site, gradient)
-            if measured is not None:
-                forward.taken.append((site, measured))
+            self._listener.take(site, gradient, forward.taken)
         except Exception as error:
             self._listener.failed(site.name, error)
 
@@ -337,18 +336,14 @@ class Taps:
         for path, tensor in outputs:
             site = site_of("activations", name + path)
             if self._listener.wants(site):
-                measured = self._listener.take(site, tensor)
-                if measured is not None:
-                    forward.taken.append((site, measured))
+                self._listener.take(site, tensor, forward.taken)
             site = site_of("activation_gradients", name + path)
             if self._listener.wants(site):
                 if tensor.requires_grad and torch.is_grad_enabled():
                     self._hook_tensor(tensor, GradientTap(self, site, forward))
                 else:
                     forward.ungraded.add(site)
-        judged = self._listener.judge(name, inputs, output)
-        if judged is not None:
-            forward.taken.append(judged)
+        self._listener.judge(name, inputs, output, forward.taken)
 
     def _hook_recomputed(self, name: str, output: Any) -> None:
         """Activation checkpointing computes again; only what had no gradient the first time gets a hook now."""
