@@ -269,8 +269,9 @@ def without_is_fake() -> None:
 
 def without_flatten() -> None:
     """Many small tensors in one row are made flat one by one, and measured as they are alone."""
-    from instrument.measure.batch import Later, measure_later
+    from instrument.measure.batch import measure_later
     from instrument.measure.custom_op import measure
+    from instrument.measure.groups import Later
     from instrument.torch_private import flattened
 
     generator = torch.Generator().manual_seed(0)

@@ -17,7 +17,6 @@ from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 import instrument
 from instrument.config import KINDS
 from instrument.measure.batch import Batch
-from instrument.measure.pending import Pending
 from instrument.record.runs import resolve_run
 
 from .training import batch, mlp, read_back, train
@@ -149,13 +148,13 @@ def test_a_container_that_returns_what_its_child_returned_is_measured_once(
             return out.add_(1.0)
 
     measured: list[torch.Size] = []
-    add = Batch.add
+    put = Batch.put
 
-    def counting(batch: Batch, tensor: torch.Tensor) -> instrument.Sketch | Pending:
+    def counting(batch: Batch, tensor: torch.Tensor) -> Any:
         measured.append(tensor.shape)
-        return add(batch, tensor)
+        return put(batch, tensor)
 
-    monkeypatch.setattr(Batch, "add", counting)
+    monkeypatch.setattr(Batch, "put", counting)
     for model, times in ((nn.Sequential(nn.Linear(4, 3)), 1), (InPlace(), 2)):
         measured.clear()
         watcher = instrument.watch(model, kinds="activations", interval=1, logdir=tmp_path, strict=True)

@@ -1,48 +1,28 @@
-"""Many small tensors measured together: one call for all of them instead of a dozen for each.
-
-What shaped it, measured on one core with torch 2.13 and NumPy 2.4:
-
-* a tensor of a thousand elements takes 8 us by itself where C measures it, and 31 in NumPy; together with a few hundred
-  others it takes 3 when it comes, and 2 in C when it is asked for;
-* `flatten_dense_tensors` copies a small tensor in 0.45 us, as C does by addresses; a clone, for what cannot be referred
-  to until the batch is full, takes 1.3 to 4.
-"""
+"""Many tensors measured together: one call for all of them instead of a dozen for each."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
 
-import numpy as np
 import torch
 
 from instrument.errors import InstrumentError
-from instrument.measure import native
 from instrument.measure.columns import Sketches
-from instrument.measure.cpu import BLOCK, copy_flat
 from instrument.measure.custom_op import measure
 from instrument.measure.device import FLOATS, Devices, edge_for
-from instrument.measure.histogram import IntArray
-from instrument.measure.pending import Pending
-from instrument.measure.segments import sketches_of
+from instrument.measure.groups import GROUP, ArrivingGroup, GatheredGroup, Later, small
+from instrument.measure.pending import ALONE, Pending, gathered
 from instrument.measure.sketch import Sketch
 from instrument.measure.tensors import readable
-from instrument.torch_private import Unseen, can_hide, flattened
+from instrument.torch_private import Unseen, can_hide
 
-__all__ = ["GROUP", "SMALL", "Batch", "Later", "measure_later", "measure_many"]
+__all__ = ["Batch", "Column", "measure_later", "measure_many"]
 
-SMALL = 8192
-"""Tensors of up to this many elements are measured together; a larger one is cheaper by itself."""
-
-_TYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-"""Types whose values are exactly those of a float32."""
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 _NOT_LAUNCHED = InstrumentError("a tensor on a device has not been measured")
 """Keeps the place of a tensor on a device until the launch that it waits for."""
-
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-GROUP = 1024
-"""Tensors in a group, at most: each has counts of its own."""
 
 _MOST_TOGETHER = 1024
 """Tensors on a GPU that one launch measures; their rows of accumulators are 34 MB."""
@@ -72,7 +52,78 @@ def measure_many(tensors: Iterable[torch.Tensor]) -> list[Sketch | Exception]:
 def _found(item: Sketch | Pending | Exception) -> Sketch | Exception:
     if isinstance(item, (Sketch, Exception)):
         return item
-    return item.found() if isinstance(item, Later) else item.sketch()
+    try:
+        return item.sketch()
+    except Exception as error:
+        return error
+
+
+class Column(Sequence["Sketch | Pending | Exception"]):
+    """What `measure_later` found of each tensor: its sketch, or what will give it, or what went wrong.
+
+    Small tensors are places in a group, and an object for each is made when somebody asks for it alone.
+    """
+
+    __slots__ = ("groups", "items")
+
+    def __init__(self) -> None:
+        self.items: list[int | Sketch | Pending | Exception] = []
+        """The same, of those measured together the number of the group times `GROUP`, and the place in it."""
+        self.groups: list[GatheredGroup] = []
+        """Those that are measured together."""
+
+    @overload
+    def __getitem__(self, index: int) -> Sketch | Pending | Exception: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sketch | Pending | Exception]: ...
+    def __getitem__(self, index: int | slice) -> Sketch | Pending | Exception | list[Sketch | Pending | Exception]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        item = self.items[index]
+        return Later(self.groups[item // GROUP], item % GROUP) if isinstance(item, int) else item
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def failures(self) -> Iterator[tuple[int, Exception]]:
+        """Places of the tensors that could not be measured, and why."""
+        return ((place, item) for place, item in enumerate(self.items) if isinstance(item, Exception))
+
+    def rows_of_last(self, rows: int, samples: int) -> tuple[GatheredGroup, int] | None:
+        """The tally of the rows that are zero of the tensor that came last, where it is one of those measured together.
+
+        Args:
+            rows: How many rows it has.
+            samples: As for `instrument.measure.units.tally_rows`.
+
+        Returns:
+            Who makes it, and its number there.
+        """
+        item = self.items[-1]
+        if not isinstance(item, int):
+            return None
+        group = self.groups[item // GROUP]
+        number = group.rows(item % GROUP, rows, samples)
+        return (group, number) if number is not None else None
+
+    def item(self, place: int) -> Sketch | Pending:
+        """The sketch at a place, or what will give it.
+
+        Raises:
+            Exception: It could not be measured.
+        """
+        found = self[place]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def sketches(self) -> Sketches:
+        """The sketches of all, where none of them failed.
+
+        Raises:
+            Exception: What went wrong when they were measured.
+        """
+        return gathered([item for item in self.items if not isinstance(item, Exception)], self.groups, GROUP)
 
 
 def measure_later(
@@ -80,7 +131,8 @@ def measure_later(
     sample_above: int = 0,
     devices: Devices | None = None,
     are_made_for_us: bool = False,
-) -> list[Sketch | Pending | Exception]:
+    column: Column | None = None,
+) -> Column:
     """Measure several tensors as they are now; small ones are copied, for a microsecond each, and measured on demand.
 
     Args:
@@ -88,6 +140,9 @@ def measure_later(
         sample_above: As for `measure`.
         devices: Where those on a GPU wait until they are sent; without it, until they are asked for.
         are_made_for_us: Whether nobody else holds the tensors; those on a GPU then wait for few others.
+
+        column: Where what is found is added; it has that of each tensor before the next one is asked for. Without it, a
+            new one.
 
     Returns:
         For each tensor its sketch, or what will give it, or the exception that `measure` raises.
@@ -99,21 +154,24 @@ def measure_later(
         >>> ones.zero_(), item.sketch().mean
         (tensor([0., 0., 0.]), 1.0)
     """
-    found: list[Sketch | Pending | Exception] = []
-    groups: dict[torch.dtype, _Group] = {}
+    column = column if column is not None else Column()
+    found, every_group = column.items, column.groups
+    groups: dict[torch.dtype, tuple[GatheredGroup, int]] = {}
     devices = devices if devices is not None else Devices()
     waiting: dict[tuple[torch.device, torch.dtype], _Waiting] = {}
     hides = can_hide()
     with Unseen():
         for tensor in tensors:
             try:
-                if hides and _is_small(tensor):
-                    group = groups.get(tensor.dtype)
+                size, address = small(tensor) if hides else (0, 0)
+                if size:
+                    group, first = groups.get(tensor.dtype, (None, 0))
                     if group is None or group.is_full:
                         if group is not None:
                             group.copy()
-                        group = groups[tensor.dtype] = _Group()
-                    found.append(group.add(tensor))
+                        group, first = groups[tensor.dtype] = GatheredGroup(), len(every_group) * GROUP
+                        every_group.append(group)
+                    found.append(first + group.add(tensor, size, address))
                 elif _is_launched_with_others(tensor):
                     together = waiting.setdefault((tensor.device, tensor.dtype), _Waiting())
                     together.add(len(found), tensor)
@@ -126,9 +184,9 @@ def measure_later(
                 found.append(error)
         for together in waiting.values():
             together.launch(devices, found)
-        for group in groups.values():
+        for group, _ in groups.values():
             group.copy()
-    return found
+    return column
 
 
 def _is_launched_with_others(tensor: torch.Tensor) -> bool:
@@ -167,7 +225,7 @@ class _Waiting:
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def launch(self, devices: Devices, found: list[Sketch | Pending | Exception]) -> None:
+    def launch(self, devices: Devices, found: list[int | Sketch | Pending | Exception]) -> None:
         """Measure what waits, and put what will give the sketches into their places."""
         if not self._tensors:
             return
@@ -185,115 +243,6 @@ def _measure_large(tensor: torch.Tensor, sample_above: int, devices: Devices) ->
     if edge_for(tensor.device) is not None and can_hide():
         return devices.add(readable(tensor))
     return measure(tensor, sample_above)
-
-
-class Later:
-    """The sketch of a tensor that waits for others to be measured with."""
-
-    __slots__ = ("group", "index")
-
-    def __init__(self, group: _Group, index: int) -> None:
-        self.group = group
-        """Those that it is measured with."""
-        self.index = index
-        """Its place among them."""
-
-    @property
-    def is_there(self) -> bool:
-        """True: there is no device to wait for."""
-        return True
-
-    def found(self) -> Sketch | Exception:
-        """The sketch, or what went wrong; what waits is measured now unless that is done."""
-        measured = self.group.measured()
-        return measured if isinstance(measured, Exception) else measured[self.index]
-
-    def place(self) -> tuple[Sketches, int] | None:
-        """The sketches that this one is made with and its place among them; None where something went wrong."""
-        measured = self.group.measured()
-        return None if isinstance(measured, Exception) else (measured, self.index)
-
-    def sketch(self) -> Sketch:
-        """The sketch; what waits is measured now unless that is done.
-
-        Raises:
-            Exception: What went wrong then.
-        """
-        found = self.found()
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-
-class _Group:
-    """Small tensors of one type that are measured at one time."""
-
-    __slots__ = ("_flat", "_is_dense", "_lengths", "_lock", "_measured", "_size", "_tensors", "is_full")
-
-    def __init__(self) -> None:
-        self.is_full = False
-        """Whether no more is to be added."""
-        self._tensors: list[torch.Tensor] = []
-        self._is_dense = True
-        self._lengths: list[int] = []
-        self._size = 0
-        self._flat: torch.Tensor | None = None
-        self._measured: Sketches | Exception | None = None
-        self._lock = threading.RLock()  # a finalizer may ask in the middle of our own calls
-
-    def add(self, tensor: torch.Tensor) -> Later:
-        """Take a tensor in."""
-        size = tensor.numel()
-        self._tensors.append(tensor)
-        self._is_dense = self._is_dense and tensor.is_contiguous() and not tensor.is_neg()
-        self._lengths.append(size)
-        self._size += size
-        self.is_full = self._size > BLOCK - SMALL or len(self._lengths) == GROUP
-        return Later(self, len(self._lengths) - 1)
-
-    def add_copy(self, tensor: torch.Tensor) -> Later | None:
-        """Take a tensor in that nobody else has; None where the group is full or measured already."""
-        with self._lock:
-            return None if self.is_full else self.add(tensor)
-
-    def copy(self) -> None:
-        """Copy the values, so that the tensors are no longer needed; call it under `Unseen`."""
-        self.is_full = True
-        if native.is_there() and self._is_dense:
-            places = [tensor.data_ptr() for tensor in self._tensors]
-            self._flat = native.gathered(places, self._sizes(), self._tensors[0].dtype)
-        else:
-            self._flat = flattened(self._tensors)
-        self._tensors = []
-
-    def _sizes(self) -> IntArray:
-        return np.array(self._lengths, np.int64)
-
-    def measured(self) -> Sketches | Exception:
-        """The sketches of the tensors, in the order in which they came, or what went wrong."""
-        if self._measured is None:
-            with self._lock, Unseen():
-                if self._measured is None:
-                    try:
-                        if self._flat is None:
-                            self.copy()
-                        assert self._flat is not None
-                        self._measured = _measured_together(self._flat, self._sizes())
-                    except Exception as error:
-                        self._measured = error
-                    self._flat = None
-        return self._measured
-
-
-def _measured_together(flat: torch.Tensor, lengths: IntArray) -> Sketches:
-    """Sketches of values that stand one tensor behind the other."""
-    if native.can_measure(flat):
-        return native.sketches_of(flat, lengths)
-    single = flat
-    if flat.dtype is not torch.float32:
-        single = torch.empty(flat.shape, dtype=torch.float32)
-        copy_flat(flat, single)
-    return sketches_of(single.numpy(), lengths)
 
 
 class Batch:
@@ -316,7 +265,7 @@ class Batch:
         self.devices = Devices()
         """Where what lies on GPUs waits until the batch is cut."""
         self._sample_above = sample_above
-        self._groups: dict[torch.dtype, _Group] = {}
+        self._groups: dict[torch.dtype, ArrivingGroup] = {}
 
     def add(self, tensor: torch.Tensor) -> Sketch | Pending:
         """Measure a tensor as it is now, at once or later.
@@ -330,17 +279,32 @@ class Batch:
         Raises:
             UnmeasurableError: As for `measure`.
         """
+        found, place = self.put(tensor)
+        return found.item(place) if isinstance(found, ArrivingGroup) else found
+
+    def put(self, tensor: torch.Tensor) -> tuple[Sketch | Pending | ArrivingGroup, int]:
+        """The same without an object for a small tensor: the group that it is measured with, and its place there.
+
+        Args:
+            tensor: As for `measure`.
+
+        Returns:
+            The sketch, or what will give it, and `ALONE`; or group and place.
+
+        Raises:
+            UnmeasurableError: As for `measure`.
+        """
         with Unseen():
-            if not (can_hide() and _is_small(tensor)):
-                return _measure_large(tensor, self._sample_above, self.devices)
-            copy = tensor.clone(memory_format=torch.contiguous_format)
-        group = self._groups.get(copy.dtype)
-        later = group.add_copy(copy) if group is not None else None
-        if later is None:
-            group = _Group()
-            later = group.add(copy)
-            self._groups[copy.dtype] = group  # only now may other threads add to it
-        return later
+            size, address = small(tensor) if can_hide() else (0, 0)
+            if not size:
+                return _measure_large(tensor, self._sample_above, self.devices), ALONE
+            group = self._groups.get(tensor.dtype)
+            place = group.add(tensor, size, address) if group is not None else None
+            while group is None or place is None:
+                group = ArrivingGroup(tensor.dtype)
+                place = group.add(tensor, size, address)
+                self._groups[tensor.dtype] = group  # only now may other threads add to it
+        return group, place
 
     def cut(self) -> None:
         """Measure what comes apart from what came, so that whoever measures that holds up nobody who adds.
@@ -349,16 +313,3 @@ class Batch:
         """
         self._groups = {}
         self.devices.send()
-
-
-def _is_small(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is measured together with others: small, plain and dense, on the CPU, with memory of its own."""
-    return (
-        type(tensor) in _PLAIN
-        and tensor.is_cpu
-        and tensor.dtype in _TYPES
-        and tensor.layout is torch.strided
-        and 0 < tensor.numel() <= SMALL
-        and not tensor.is_nested
-        and (native.has_memory(tensor) if tensor.is_contiguous() else tensor.untyped_storage().nbytes() != 0)
-    )

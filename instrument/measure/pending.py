@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
+
+import numpy as np
 
 from instrument.measure.columns import Sketches
 from instrument.measure.device import LateNumber
+from instrument.measure.histogram import IntArray
 from instrument.measure.sketch import Sketch, merge_all
 
-__all__ = ["Divided", "Pending", "Together", "gathered"]
+__all__ = ["ALONE", "PLACES", "Divided", "Pending", "Source", "Together", "gathered", "item_at"]
+
+PLACES = 1 << 32
+"""A place in one of several sources is the number of the source times this, and the place in it: a number is no object
+that the garbage collector has to look at, and there is one for each tensor of a step."""
+
+ALONE = -1
+"""Stands where the place in a source stands, for what is in none."""
 
 
 class Pending(Protocol):
@@ -22,16 +32,27 @@ class Pending(Protocol):
     def sketch(self) -> Sketch:
         """The sketch; whoever asks makes it, or waits for it."""
 
-    @property
-    def group(self) -> object | None:
-        """What this sketch is made with others by, if it is."""
-
-    @property
-    def index(self) -> int:
-        """Its number in the group."""
-
     def place(self) -> tuple[Sketches, int] | None:
         """The sketches that this one is made with, where there are such, and its place among them."""
+
+
+class Source(Protocol):
+    """Several sketches that are made together."""
+
+    def sketches(self) -> Sketches:
+        """All of them; whoever asks makes them, or waits for them."""
+
+    def item(self, place: int) -> Sketch | Pending:
+        """The one at a place."""
+
+
+def item_at(place: int, sources: Sequence[Source]) -> Sketch | Pending:
+    """What stands at a place in one of several sources.
+
+    Raises:
+        Exception: It could not be measured.
+    """
+    return sources[place // PLACES].item(place % PLACES)
 
 
 class Divided:
@@ -49,9 +70,6 @@ class Divided:
     """
 
     __slots__ = ("_item", "_scale")
-
-    group = None
-    index = 0
 
     def __init__(self, item: Sketch | Pending, scale: float | LateNumber) -> None:
         self._item = item
@@ -81,9 +99,6 @@ class Together:
 
     __slots__ = ("_parts",)
 
-    group = None
-    index = 0
-
     def __init__(self, parts: Iterable[Sketch | Pending]) -> None:
         self._parts = list(parts)
 
@@ -102,37 +117,60 @@ class Together:
         """None: it is made by itself."""
 
 
-def gathered(items: Iterable[Sketch | Pending]) -> Sketches:
+def gathered(items: Sequence[int | Sketch | Pending], sources: Sequence[Source] = (), stride: int = PLACES) -> Sketches:
     """Sketches as columns, whether made already or not; what was measured together is taken over as it is.
 
     Args:
-        items: The sketches, or what will give them.
+        items: The sketches, or what will give them, or their places in the sources.
+        sources: Where the places are.
+        stride: What the number of a source is multiplied by in a place.
+
+    Raises:
+        Exception: What went wrong when they were measured.
     """
-    parts: list[Sketches] = []
+    parts = _Parts()
+    if set(map(type, items)) == {int}:  # a step of small tensors, and each part of it
+        numbers, places = np.divmod(np.array(items, np.int64), stride)
+        starts = np.zeros(len(sources), np.int64)
+        for number in dict.fromkeys(numbers.tolist()):
+            starts[number] = parts.start_of(sources[number].sketches())
+        return parts.taken(starts[numbers] + places)
+    order = np.empty(len(items), np.int64)
     alone: list[Sketch] = []
-    source: Sketches | None = None
-    group: object | None = None
-    start = end = 0
-    for item in items:
-        # By far the most follow the one before in its group: to ask each for its place took ten times as long.
-        if group is not None and not isinstance(item, Sketch) and item.group is group and item.index == end:
-            end += 1
+    alone_at: list[int] = []
+    for index, item in enumerate(items):
+        if isinstance(item, int):
+            order[index] = parts.start_of(sources[item // stride].sketches()) + item % stride
             continue
-        place = None if isinstance(item, Sketch) else item.place()
-        if source is not None:
-            parts.append(source.part(start, end))
-            source = group = None
-        if place is None:
+        found = None if isinstance(item, Sketch) else item.place()
+        if found is not None:
+            order[index] = parts.start_of(found[0]) + found[1]
+        else:
+            alone_at.append(index)
             alone.append(item if isinstance(item, Sketch) else item.sketch())
-            continue
-        if alone:
-            parts.append(Sketches.of(alone))
-            alone = []
-        source, start = place
-        end = start + 1
-        group = None if isinstance(item, Sketch) else item.group
-    if source is not None:
-        parts.append(source.part(start, end))
     if alone:
-        parts.append(Sketches.of(alone))
-    return Sketches.joined(parts)
+        order[alone_at] = parts.start_of(Sketches.of(alone)) + np.arange(len(alone))
+    return parts.taken(order)
+
+
+class _Parts:
+    """Sketches one behind the other."""
+
+    def __init__(self) -> None:
+        self._found: list[Sketches] = []
+        self._starts: dict[int, int] = {}
+        self._size = 0
+
+    def start_of(self, part: Sketches) -> int:
+        """Where a part begins; it is added where it is new."""
+        start = self._starts.get(id(part))
+        if start is None:
+            start = self._starts[id(part)] = self._size
+            self._found.append(part)
+            self._size += len(part)
+        return start
+
+    def taken(self, order: IntArray) -> Sketches:
+        """Those at places, in their order."""
+        joined = Sketches.joined(self._found)
+        return joined if len(order) == self._size and (order == np.arange(self._size)).all() else joined.take(order)

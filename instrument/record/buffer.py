@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from instrument.capture.names import Site
+from instrument.measure.batch import Column
 from instrument.measure.columns import Sketches
 from instrument.measure.device import LateNumber
+from instrument.measure.groups import ArrivingGroup, GatheredGroup
 from instrument.measure.histogram import FloatArray
-from instrument.measure.pending import Pending, Together
+from instrument.measure.pending import ALONE, PLACES, Pending, Source, Together, item_at
 from instrument.measure.sketch import Sketch
-from instrument.measure.units import DeviceTally, UnitTally, merge_tallies
+from instrument.measure.units import DeviceTally, LateTally, UnitTally, merge_tallies
 from instrument.record.packing import SketchStore
 from instrument.record.tags import tag_of
 
@@ -27,21 +29,31 @@ MERGE_AFTER = 8
 """Sketches or tallies of one site that are kept apart before they are merged: micro-batches must not pile up."""
 
 
+Tally: TypeAlias = "UnitTally | DeviceTally | LateTally"
+Groups: TypeAlias = "ArrivingGroup | GatheredGroup"
+
 NO_UNITS: Mapping[str, UnitTally] = MappingProxyType({})
 
 
 class _Tallies(Mapping[str, UnitTally]):
     """Tallies of one step, merged when they are asked for: those on a device are waited for then, by whoever asks."""
 
-    __slots__ = ("_parts",)
+    __slots__ = ("_parts", "_sources")
 
-    def __init__(self, parts: Mapping[str, list[UnitTally | DeviceTally]]) -> None:
+    def __init__(self, parts: Mapping[str, int | Tally | list[Tally]], sources: Sequence[Source] = ()) -> None:
         self._parts = dict(parts)
+        self._sources = sources
 
     def __getitem__(self, name: str) -> UnitTally:
-        merged = merge_tallies(self._parts[name])
-        self._parts[name] = [merged]
-        return merged
+        parts = self._parts[name]
+        if isinstance(parts, UnitTally):
+            return parts
+        if isinstance(parts, int):
+            found = _group_at(parts, self._sources).made(parts % PLACES)
+        else:
+            found = merge_tallies(parts if isinstance(parts, list) else (parts,))
+        self._parts[name] = found
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -52,12 +64,17 @@ class _Tallies(Mapping[str, UnitTally]):
     def without(self, names: Iterable[str]) -> _Tallies:
         """Those of other names."""
         left_out = frozenset(names)
-        return _Tallies({name: parts for name, parts in self._parts.items() if name not in left_out})
+        kept = {name: parts for name, parts in self._parts.items() if name not in left_out}
+        return _Tallies(kept, self._sources)
 
     def beside(self, others: Mapping[str, UnitTally]) -> _Tallies:
         """These and others of the same step."""
-        earlier = others._parts if isinstance(others, _Tallies) else {}
-        return _Tallies({**earlier, **self._parts})
+        earlier = others.loose() if isinstance(others, _Tallies) else {}
+        return _Tallies({**earlier, **self.loose()})
+
+    def loose(self) -> dict[str, Tally | list[Tally]]:
+        """Name to tally, or to what will give it."""
+        return {name: _loose_tally(parts, self._sources) for name, parts in self._parts.items()}
 
 
 class Traits(NamedTuple):
@@ -97,7 +114,7 @@ class StepRecord(Mapping[str, Sketch]):
     def __init__(
         self,
         step: int,
-        sketches: Mapping[str, Sketch | Pending],
+        sketches: Mapping[str, Sketch | Pending] | SketchStore,
         wall_time: float,
         skipped: bool = False,
         units: Mapping[str, UnitTally] = NO_UNITS,
@@ -174,9 +191,13 @@ class Buffer:
         self.traits: dict[Site, Traits] = {}
         """What the tensor of each site was when it was last measured."""
         self._wall_time = 0.0
-        self._parts: dict[Site, Sketch | Pending | list[Sketch | Pending]] = {}
-        # Most sites have one sketch a step: a list for each would keep the garbage collector busy.
-        self._units: dict[str, list[UnitTally | DeviceTally]] = {}
+        self._parts: dict[Site, int | Sketch | Pending | list[Sketch | Pending]] = {}
+        self._sources: list[Source] = []
+        self._numbers: dict[int, int] = {}
+        # Most sites have one sketch a step, and one tally: an object for each would keep the garbage collector busy.
+        self._units: dict[str, int | Tally | list[Tally]] = {}
+        self._has_new_traits = True
+        self._last_tags: tuple[str, ...] = ()
 
     def open(self, step: int) -> None:
         """Begin to collect a step, or go on with it."""
@@ -185,22 +206,63 @@ class Buffer:
             self.skipped = False
         self.step = step
 
-    def add(self, site: Site, sketch: Sketch | Pending) -> None:
-        """Add a sketch to the step; sketches of one site are merged."""
+    def add(self, site: Site, sketch: Sketch | Pending | Source, place: int = ALONE) -> None:
+        """Add a sketch to the step; sketches of one site are merged.
+
+        Args:
+            site: The site.
+            sketch: The sketch, or what will give it; or a source that has it,
+            place: at this place.
+        """
         parts = self._parts.get(site)
         if parts is None:
-            self._parts[site] = sketch
+            self._parts[site] = self._placed(sketch, place)
             return
         if not isinstance(parts, list):
-            parts = self._parts[site] = [parts]
-        parts.append(sketch)
+            parts = self._parts[site] = [item_at(parts, self._sources) if isinstance(parts, int) else parts]
+        found = self._placed(sketch, place)
+        parts.append(item_at(found, self._sources) if isinstance(found, int) else found)
         if len(parts) > MERGE_AFTER and (together := Together(parts)).is_there:
             parts[:] = [together.sketch()]
 
-    def add_units(self, name: str, tally: UnitTally | DeviceTally) -> None:
-        """Add a tally of a module's units to the step; tallies of one name are merged."""
-        parts = self._units.setdefault(name, [])
-        parts.append(tally)
+    def _placed(self, sketch: Any, place: int) -> Any:
+        """What stands alone as it is; what does not as a place among the sources."""
+        return sketch if place == ALONE else PLACES * self._number_of(sketch) + place
+
+    def _number_of(self, source: Source) -> int:
+        number = self._numbers.get(id(source))
+        if number is None:
+            number = self._numbers[id(source)] = len(self._sources)
+            self._sources.append(source)
+        return number
+
+    def add_column(self, sites: Sequence[Site], column: Column) -> None:
+        """Add the sketches of a column to the step, one a site; what could not be measured is left out."""
+        first = PLACES * len(self._sources)
+        found = dict(zip(sites, range(first, first + len(column)), strict=True))
+        if len(found) == len(column) and self._parts.keys().isdisjoint(found) and not any(column.failures()):
+            self._number_of(column)
+            self._parts.update(found)
+            return
+        for site, item in zip(sites, column, strict=True):
+            if not isinstance(item, Exception):
+                self.add(site, item)
+
+    def add_units(self, name: str, tally: Tally | Groups, number: int = ALONE) -> None:
+        """Add a tally of a module's units to the step; tallies of one name are merged.
+
+        Args:
+            name: Name of the module, or of the parameter whose gradient tells.
+            tally: The tally, or what will give it; or the group that makes it,
+            number: under this number.
+        """
+        parts = self._units.get(name)
+        if parts is None:
+            self._units[name] = self._placed(tally, number)
+            return
+        if not isinstance(parts, list):
+            parts = self._units[name] = [_loose_tally(parts, self._sources)]  # type: ignore[list-item]  # no list
+        parts.append(tally.late(number) if isinstance(tally, (ArrivingGroup, GatheredGroup)) else tally)
         if len(parts) > MERGE_AFTER and not any(isinstance(part, DeviceTally) for part in parts):
             parts[:] = [merge_tallies(parts)]
 
@@ -210,13 +272,41 @@ class Buffer:
 
     def samples_of(self, name: str) -> int:
         """How many samples the step has of a module's units, as far as that is known without waiting."""
-        return sum(tally.samples for tally in self._units.get(name, ()) if isinstance(tally, UnitTally))
+        found = self._units.get(name, ())
+        if isinstance(found, int):
+            return _group_at(found, self._sources).samples_of(found % PLACES)
+        tallies = found if isinstance(found, (list, tuple)) else (found,)
+        return sum(tally.samples for tally in tallies if not isinstance(tally, DeviceTally))
+
+    def note(self, site: Site, tensor: torch.Tensor) -> None:
+        """Note what the tensor of a site is besides its values; of most sites that is the same each step."""
+        traits = self.traits.get(site)
+        if (
+            traits is None
+            or traits.dtype is not tensor.dtype
+            or traits.ndim != tensor.ndim
+            or traits.requires_grad is not tensor.requires_grad
+            or traits.scale != 1.0
+        ):
+            self.traits[site] = Traits(tensor.dtype, tensor.ndim, tensor.requires_grad)
+            self._has_new_traits = True
+
+    def _traits(self, tags: tuple[str, ...], sites: Iterable[Site]) -> Mapping[str, Traits]:
+        """Tag to traits; those of the last record where nothing is new, for the history to have them once."""
+        newest = self.history[-1] if self.history else None
+        if newest is not None and not self._has_new_traits and tags == self._last_tags:
+            return newest.traits
+        known = self.traits
+        found = {tag: known[site] for tag, site in zip(tags, sites, strict=True) if site in known}
+        self._has_new_traits, self._last_tags = False, tags
+        return newest.traits if newest is not None and newest.traits == found else found
 
     def divide(self, site: Site, scale: float | LateNumber) -> None:
         """Note that the sketches of a site are those of its values divided by a scale."""
         traits = self.traits.get(site)
         if traits is not None:
             self.traits[site] = traits._replace(scale=scale)
+            self._has_new_traits = True
 
     def discard(self, site: Site) -> None:
         """Forget what the step has of this site."""
@@ -232,6 +322,8 @@ class Buffer:
         """Forget what was collected of the step."""
         self.step = None
         self._parts.clear()
+        self._sources.clear()
+        self._numbers.clear()
         self._units.clear()
 
     def close(self) -> StepRecord | None:
@@ -243,17 +335,15 @@ class Buffer:
         Returns:
             What is new and is to be written, or None where nothing was collected.
         """
-        step, parts, units = self.step, self._parts, _Tallies(self._units)
-        self.step, self._parts, self._units = None, {}, {}
+        step, parts, sources = self.step, self._parts, self._sources
+        units = _Tallies(self._units, sources)
+        self.step, self._parts, self._sources, self._numbers, self._units = None, {}, [], {}, {}
         if step is None or not parts:
             return None
-        sketches = SketchStore({_known_tag(site): _merged(found) for site, found in parts.items()})
-        known = self.traits
-        traits = {_known_tag(site): known[site] for site in parts if site in known}
-        record = StepRecord(step, sketches, self._wall_time, self.skipped, units, traits=traits)
+        tags = _tags_of(tuple(parts))
+        sketches = SketchStore(dict(zip(tags, map(_merged, parts.values()), strict=True)), sources)
         newest = self.history[-1] if self.history else None
-        if newest is not None and newest.traits == traits:
-            record.traits = newest.traits  # for the history to have them once
+        record = StepRecord(step, sketches, self._wall_time, self.skipped, units, traits=self._traits(tags, parts))
         if newest is not None and newest.step == step:
             record = record.without(newest)
             self.history[-1] = newest.joined(record)
@@ -264,12 +354,26 @@ class Buffer:
         return record if len(record) else None
 
 
-_known_tag = functools.lru_cache(maxsize=65_536)(tag_of)
-"""The tags of sites come again each step."""
+@functools.lru_cache(maxsize=16)
+def _tags_of(sites: tuple[Site, ...]) -> tuple[str, ...]:
+    """The tags of sites, which come again each step."""
+    return tuple(map(tag_of, sites))
 
 
-def _merged(parts: Sketch | Pending | list[Sketch | Pending]) -> Sketch | Pending:
+def _merged(parts: int | Sketch | Pending | list[Sketch | Pending]) -> int | Sketch | Pending:
     """The parts of one site as one, which is made when it is asked for."""
     if not isinstance(parts, list):
         return parts
     return Together(parts)
+
+
+def _group_at(place: int, sources: Sequence[Source]) -> Groups:
+    """The group that makes the tally of a place."""
+    group = sources[place // PLACES]
+    assert isinstance(group, (ArrivingGroup, GatheredGroup))
+    return group
+
+
+def _loose_tally(parts: int | Tally | list[Tally], sources: Sequence[Source]) -> Tally | list[Tally]:
+    """What will give a tally, without the sources."""
+    return _group_at(parts, sources).late(parts % PLACES) if isinstance(parts, int) else parts

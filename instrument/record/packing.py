@@ -8,18 +8,17 @@ site. Packed they take a few hundred bytes. Codes rise, so that their difference
 from __future__ import annotations
 
 import functools
-import itertools
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from instrument.measure.columns import Sketches
 from instrument.measure.histogram import FloatArray, IntArray
-from instrument.measure.pending import Pending, gathered
+from instrument.measure.pending import Pending, Source, gathered, item_at
 from instrument.measure.sketch import Sketch
-from instrument.record.statistics import SLICE, statistics_of, yield_lock
+from instrument.record.statistics import statistics_of, yield_lock
 
 __all__ = ["PART", "SketchStore"]
 
@@ -37,7 +36,8 @@ class SketchStore(Mapping[str, "Sketch"]):
     """Sketches by tag; records of one step share it.
 
     Args:
-        sketches: Tag to sketch, or to what will give it when it is read.
+        sketches: Tag to sketch, or to what will give it when it is read; or to its place in a source, as for `item_at`.
+        sources: The sources.
 
     Example:
         >>> import torch
@@ -48,11 +48,12 @@ class SketchStore(Mapping[str, "Sketch"]):
         2.0
     """
 
-    __slots__ = ("_loose", "_packed", "_places", "_sketches", "_statistics")
+    __slots__ = ("_loose", "_packed", "_places", "_sketches", "_sources", "_statistics")
 
-    def __init__(self, sketches: Mapping[str, Sketch | Pending]) -> None:
+    def __init__(self, sketches: Mapping[str, int | Sketch | Pending], sources: Sequence[Source] = ()) -> None:
         self._places = _places_of(tuple(sketches))
-        self._loose: dict[str, Sketch | Pending] | None = dict(sketches)
+        self._loose: dict[str, int | Sketch | Pending] | None = dict(sketches)
+        self._sources = sources
         self._sketches: Sketches | None = None
         self._packed: _Packed | None = None
         self._statistics: FloatArray | None = None
@@ -60,7 +61,7 @@ class SketchStore(Mapping[str, "Sketch"]):
     def __getitem__(self, tag: str) -> Sketch:
         loose, sketches = self._loose, self._sketches  # another thread may be packing
         if loose is not None:
-            found = loose[tag]
+            found = self._item(loose[tag])
             if not isinstance(found, Sketch):
                 found = loose[tag] = found.sketch()
             return found
@@ -83,7 +84,10 @@ class SketchStore(Mapping[str, "Sketch"]):
     def as_they_are(self) -> dict[str, Sketch | Pending]:
         """Tag to sketch, or to what will give it, where nobody has read it yet."""
         loose = self._loose
-        return dict(loose) if loose is not None else dict(self.items())
+        return {tag: self._item(found) for tag, found in loose.items()} if loose is not None else dict(self.items())
+
+    def _item(self, found: int | Sketch | Pending) -> Sketch | Pending:
+        return item_at(found, self._sources) if isinstance(found, int) else found
 
     def columns(self) -> Sketches:
         """All sketches, in the order of the tags; they stay so until they are packed."""
@@ -93,13 +97,9 @@ class SketchStore(Mapping[str, "Sketch"]):
         if loose is None:
             assert self._packed is not None
             return self._packed.unpacked()
-        parts, items = [], iter(loose.values())
-        for _ in range(0, len(loose), SLICE):
-            yield_lock()
-            parts.append(gathered(itertools.islice(items, SLICE)))
-        sketches = Sketches.joined(parts)
+        sketches = gathered(list(loose.values()), self._sources)
         self._sketches = sketches
-        self._loose = None
+        self._loose, self._sources = None, ()
         if self._packed is not None:
             self._sketches = None
         return sketches

@@ -9,19 +9,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from instrument.capture.names import MODULE_KINDS, ModuleEntry, Site
+from instrument.capture.names import MODULE_KINDS, ModuleEntry, Site, site_of
 from instrument.capture.parameters import Parameters
 from instrument.capture.patterns import Patterns
 from instrument.capture.selector import Selector
 from instrument.capture.shards import Shards
 from instrument.config import Config
 from instrument.errors import UnmeasurableError
-from instrument.measure.batch import Batch, measure_later
+from instrument.measure.batch import Batch, Column, measure_later
 from instrument.measure.device import CapturingError, LateNumber, edge_for, is_capturing
-from instrument.measure.pending import Divided, Pending
+from instrument.measure.groups import ArrivingGroup
+from instrument.measure.pending import ALONE, Divided, Pending
 from instrument.measure.sketch import Sketch
-from instrument.measure.units import DeviceTally, UnitTally
-from instrument.record.buffer import Buffer, StepRecord, Traits
+from instrument.record.buffer import Buffer, StepRecord
 from instrument.record.ranks.group import position
 from instrument.torch_private import Unseen, version_of, when_backward_ends
 from instrument.watcher.notices import Notices, place_of
@@ -32,8 +32,9 @@ __all__ = ["Collector", "Pairs"]
 Pairs: TypeAlias = "list[tuple[str, nn.Parameter]]"
 """Names and parameters."""
 
-Measured: TypeAlias = "Sketch | Pending | UnitTally | DeviceTally | int | None"
-"""What came of looking at a tensor or at the call of a module."""
+
+_Remembered: TypeAlias = "tuple[weakref.ref[torch.Tensor], int, Sketch | Pending | ArrivingGroup, int]"
+"""A tensor, how often it was changed in place before it was measured, and what `Batch.put` gave for it."""
 
 
 class Collector:
@@ -59,7 +60,7 @@ class Collector:
         self._place = position()
         self.shards = Shards() if self._place.world > 1 else None
         """What of each tensor lies on this rank; None where there is one rank alone."""
-        self.units = UnitJudge(config.functions, self.wants, notices.say)
+        self.units = UnitJudge(config.functions, self.wants, notices.say, self._copied)
         self._samples = 0
         self._has_seen_capturing = False
         self._sample_above = config.histogram_sample_above
@@ -67,8 +68,9 @@ class Collector:
         self._kept: dict[Site, Sketch | Pending] = {}
         self._kept_for: int | None = None
         self._is_end_awaited = False
-        self._last: tuple[weakref.ref[torch.Tensor], int, Sketch | Pending] | None = None
-        self.select()
+        self._last: _Remembered | None = None
+        self._before: _Remembered | None = None
+        self.look()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -87,20 +89,25 @@ class Collector:
         """Whether this site is watched."""
         return site.kind in self._kinds and self._patterns.match(site.name) and not self._notices.is_broken(site)
 
-    def select(self) -> tuple[ModuleEntry, ...]:
-        """Look at the model as it is now; returns the selected modules."""
-        modules = self._selector.select()
+    def look(self) -> None:
+        """Look at the model as it is now, and select."""
+        self._selector.look()
         model = self._model()
         self.parameters.select(self._selector.parameters)
         if self._selector.is_new and model is not None:
-            self.units.select(modules, self._selector.last_layer)
+            self.units.select(self._selector.modules(), self._selector.last_layer)
             if self.shards is not None:
                 self.shards.select(model, self._selector.parameters)
-        return modules
 
-    def modules(self) -> tuple[ModuleEntry, ...]:
+    def selected(self) -> Iterator[ModuleEntry]:
+        """The modules that were selected when the model was last looked at."""
+        return self._selector.modules()
+
+    def modules(self) -> Iterator[ModuleEntry]:
         """The selected modules, as the model is now."""
-        return self.select() if MODULE_KINDS.intersection(self._kinds) else ()
+        if MODULE_KINDS.intersection(self._kinds):
+            self.look()
+            yield from self._selector.modules()
 
     def _bases(self) -> Iterator[Site]:
         """What is selected; a module stands for all its outputs."""
@@ -127,20 +134,26 @@ class Collector:
         found, self._has_seen_capturing = self._has_seen_capturing, False
         return found
 
-    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | Pending | None:
-        """Measure a tensor as it is now, at once or later; None where that cannot be done."""
+    def take(self, site: Site, tensor: torch.Tensor, taken: list[Any]) -> None:
+        """Measure a tensor as it is now, at once or later, where that can be done.
+
+        Args:
+            site: Its site.
+            tensor: The tensor.
+            taken: What came of it is added here, as for `add_measured`.
+        """
         try:
             if self.shards is not None:
                 tensor = self.shards.own(site, tensor)
-            sketch = self._measure(tensor)
+            found, place = self._measure(tensor)
         except Exception as error:
             self._cannot(site, error)
-            return None
-        self._note(site, tensor)
+            return
+        self.buffer.note(site, tensor)
         base, bracket, _ = site.name.partition("[")
         if bracket:
             self._outputs.setdefault(Site(site.kind, base), {})[site] = None
-        return sketch
+        taken += (site, found, place)
 
     def _cannot(self, site: Site, error: Exception) -> None:
         """Tell why a tensor was not measured."""
@@ -151,16 +164,29 @@ class Collector:
         else:
             self._notices.failed(place_of(site), error)
 
-    def _measure(self, tensor: torch.Tensor) -> Sketch | Pending:
-        """Measure, unless it is the tensor measured last: a container returns what its last child returned."""
-        remembered = self._last
-        if remembered is not None and remembered[0]() is tensor and remembered[1] == version_of(tensor):
-            return remembered[2]
-        sketch = self._batch.add(tensor)
+    def _measure(self, tensor: torch.Tensor) -> tuple[Sketch | Pending | ArrivingGroup, int]:
+        """Measure, unless it is a tensor measured just before: a container returns what its last child returned."""
+        known = self._known(tensor)
+        if known is not None:
+            return known[2:]
+        found, place = self._batch.put(tensor)
         if type(tensor) is torch.Tensor and not tensor.is_inference():  # parameters must not be referred to weakly
             version = version_of(tensor)
-            self._last = (weakref.ref(tensor), version, sketch) if version is not None else None
-        return sketch
+            if version is not None:
+                self._last, self._before = (weakref.ref(tensor), version, found, place), self._last
+        return found, place
+
+    def _known(self, tensor: torch.Tensor) -> _Remembered | None:
+        """What was measured of a tensor, where it is one of the last two and was not changed since."""
+        for remembered in (self._last, self._before):
+            if remembered is not None and remembered[0]() is tensor and remembered[1] == version_of(tensor):
+                return remembered
+        return None
+
+    def _copied(self, tensor: torch.Tensor) -> tuple[ArrivingGroup, int] | None:
+        """The group that a tensor is measured with later, and its place there; None for any other tensor."""
+        known = self._known(tensor)
+        return (known[2], known[3]) if known is not None and isinstance(known[2], ArrivingGroup) else None
 
     def is_counted(self, site: Site) -> bool | None:
         """Whether what this rank measures at a site belongs into a sum over ranks; None where it cannot tell."""
@@ -185,7 +211,7 @@ class Collector:
     def open(self, step: int) -> None:
         """Begin the record of a step, or go on with it."""
         if self.buffer.step is None:
-            self.select()
+            self.look()
             self._samples = 0
         self.buffer.open(step)
 
@@ -202,62 +228,69 @@ class Collector:
         if self.sees_capturing():
             return
         sites: list[Site] = []
-        wanted = self._wanted(tensors, sites)
-        measured = measure_later(wanted, self._sample_above, self._batch.devices, are_made_for_us)
-        for site, found in zip(sites, measured, strict=True):
-            if isinstance(found, Exception):
-                self._cannot(site, found)
-            else:
-                self.buffer.add(site, found)
+        column = Column()
+        wanted = self._wanted(tensors, sites, column)
+        measure_later(wanted, self._sample_above, self._batch.devices, are_made_for_us, column)
+        for place, error in column.failures():
+            self._cannot(sites[place], error)
+        self.buffer.add_column(sites, column)
 
-    def _wanted(self, tensors: Iterable[tuple[Site, torch.Tensor]], sites: list[Site]) -> Iterator[torch.Tensor]:
-        """The tensors that are watched; their sites are added to those given."""
-        kinds, is_broken = self._kinds, self._notices.is_broken
-        for site, tensor in tensors:  # their names are those that were selected
-            if site.kind in kinds and not is_broken(site):
-                if site.kind == "gradients" and self.units.has_rows(site.name):
-                    self._add_rows(site.name, tensor)
-                self._note(site, tensor)
+    def _wanted(
+        self, tensors: Iterable[tuple[Site, torch.Tensor]], sites: list[Site], column: Column
+    ) -> Iterator[torch.Tensor]:
+        """The tensors that are watched, with names that are selected; their sites are added to those given.
+
+        When the next one is asked for, the column has the last.
+        """
+        kinds, is_broken, has_rows, note = self._kinds, self._notices.is_broken, self.units.has_rows, self.buffer.note
+        for site, tensor in tensors:
+            kind, name = site
+            if kind in kinds and not is_broken(site):
+                note(site, tensor)
+                own = tensor if self.shards is None else self.shards.own(site, tensor)
                 sites.append(site)
-                yield tensor if self.shards is None else self.shards.own(site, tensor)
+                yield own
+                if kind == "gradients" and has_rows(name):
+                    self._add_rows(name, tensor, column if own is tensor else None)
 
-    def _note(self, site: Site, tensor: torch.Tensor) -> None:
-        """Note what a tensor is besides its values; of most sites that is the same each step."""
-        traits = self.buffer.traits.get(site)
-        if (
-            traits is None
-            or traits.dtype is not tensor.dtype
-            or traits.ndim != tensor.ndim
-            or traits.requires_grad is not tensor.requires_grad
-            or traits.scale != 1.0
-        ):
-            self.buffer.traits[site] = Traits(tensor.dtype, tensor.ndim, tensor.requires_grad)
-
-    def _add_rows(self, parameter: str, gradient: torch.Tensor) -> None:
+    def _add_rows(self, parameter: str, gradient: torch.Tensor, column: Column | None) -> None:
         """Tally the rows of a gradient, where they are what tells of the units behind it.
 
         Their samples are those that the module itself was seen to return, else those of the model's first output; where
         neither was seen the step counts as one sample, which says less than there was.
+
+        Args:
+            parameter: Name of the parameter.
+            gradient: Its gradient.
+            column: Where that was measured last of all; None where a part of it was.
         """
         samples = self.buffer.samples_of(parameter.rpartition(".")[0]) or self._samples or 1
         try:
-            tally = self.units.rows(parameter, gradient, samples)
+            tally = self.units.rows(parameter, gradient, samples, column)
         except Exception as error:
             self._notices.failed(f"units of {parameter}", error)
             return
         if tally is not None:
-            self.buffer.add_units(parameter, tally)
+            self.buffer.add_units(parameter, *tally)
 
-    def judge(self, name: str, inputs: Any, output: Any) -> tuple[Site, UnitTally | DeviceTally | int] | None:
-        """Tally the units of a module that has returned; see `UnitJudge.judge`."""
-        if self._notices.is_broken(Site("units", name)):
-            return None
+    def judge(self, name: str, inputs: Any, output: Any, taken: list[Any]) -> None:
+        """Tally the units of a module that has returned; see `UnitJudge.judge`.
+
+        Args:
+            name: Name of the module.
+            inputs: Its positional arguments.
+            output: What it returned.
+            taken: What came of it is added here, as for `add_measured`.
+        """
+        if self._notices.is_broken(site_of("units", name)):
+            return
         try:
             found = self.units.judge(name, inputs, output)
         except Exception as error:
             self._notices.failed(f"units of {name}", error)
-            return None
-        return (Site("units", found[0]), found[1]) if found is not None else None
+            return
+        if found is not None:
+            taken += (site_of("units", found[0]), found[1], found[2])
 
     def add_gradients(self, pairs: Pairs, scale: torch.Tensor | None) -> None:
         """Measure the gradients of these parameters, which a fused optimizer will divide by a scale itself."""
@@ -303,7 +336,7 @@ class Collector:
                     self._cannot(site, sketch)
                 else:
                     self._kept[site] = sketch
-                    self._note(site, tensor)
+                    self.buffer.note(site, tensor)
         except Exception as error:
             self._notices.failed("gradients", error)
 
@@ -322,21 +355,23 @@ class Collector:
         self._is_end_awaited = False
         self.add_missing(self.parameters.values(pairs))
 
-    def add_measured(self, measured: Iterable[tuple[Site, Measured]], scale: torch.Tensor | None) -> None:
+    def add_measured(self, taken: Iterable[Any], scale: torch.Tensor | None) -> None:
         """Add what hooks have measured.
 
         Args:
-            measured: Site and sketch, or tally of units, or number of samples of a pass; None for what could not be
-                measured inside of a graph.
+            taken: Three entries for each: its site; the sketch, or tally of units, or what will give one, or number of
+                samples of a pass, or None for what could not be measured inside of a graph; and `ALONE`. Or a group
+                instead, and the place or number there.
             scale: What a gradient scaler has multiplied gradients by, of shape ().
         """
         divisor: float | LateNumber | None = None
-        for site, item in measured:
-            if isinstance(item, (UnitTally, DeviceTally)):
-                self.buffer.add_units(site.name, item)
-                continue
-            if isinstance(item, int):
-                self._samples += item
+        entries = iter(taken)
+        for site, item, place in zip(entries, entries, entries, strict=True):
+            if site.kind == "units":
+                if isinstance(item, int):
+                    self._samples += item
+                else:
+                    self.buffer.add_units(site.name, item, place)
                 continue
             if item is None:
                 self._notices.say(f"{place_of(site)} could not be measured inside the graph")
@@ -344,8 +379,9 @@ class Collector:
             if scale is not None and site.kind == "activation_gradients":
                 divisor = divisor or (float(scale) if edge_for(scale.device) is None else LateNumber(scale))
                 self.buffer.divide(site, divisor)
-                item = Divided(item, divisor)
-            self.buffer.add(site, item)
+                self.buffer.add(site, Divided(item if place == ALONE else item.item(place), divisor))
+                continue
+            self.buffer.add(site, item, place)
 
 
 def _is_cleared(gradient: torch.Tensor) -> bool:

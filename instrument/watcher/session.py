@@ -23,8 +23,7 @@ from instrument.capture.names import ModuleEntry, Site
 from instrument.capture.patterns import Patterns
 from instrument.capture.steps import StepClock
 from instrument.config import Config
-from instrument.measure.pending import Pending
-from instrument.measure.sketch import Sketch
+from instrument.measure.pending import ALONE
 from instrument.record.buffer import StepRecord
 from instrument.torch_private import calling_scale
 from instrument.watcher.budget import Budget, Meter, MeteredSteps, MeteredTaps
@@ -90,7 +89,7 @@ class Session:
         self.taps = MeteredTaps(meter, model, self, always_tell) if meter else Taps(model, self, always_tell)
         self._graph_taps: GraphTaps | None = None
         if config.compiled == "graph":
-            self._graph_taps = GraphTaps(model, self.collector.select(), self.collector.wants)
+            self._graph_taps = GraphTaps(model, self.collector.selected(), self.collector.wants)
 
     def open(self) -> None:
         """Begin to watch."""
@@ -144,13 +143,13 @@ class Session:
         """Whether this site is watched."""
         return self.collector.wants(site)
 
-    def take(self, site: Site, tensor: torch.Tensor) -> Sketch | Pending | None:
-        """Measure a tensor as it is now, at once or later; None where that cannot be done."""
-        return self.collector.take(site, tensor)
+    def take(self, site: Site, tensor: torch.Tensor, taken: list[Any]) -> None:
+        """Measure a tensor as it is now, at once or later, where that can be done."""
+        self.collector.take(site, tensor, taken)
 
-    def judge(self, name: str, inputs: Any, output: Any) -> tuple[Site, Any] | None:
-        """Tally what the units of a module did; None where nothing tells."""
-        return self.collector.judge(name, inputs, output)
+    def judge(self, name: str, inputs: Any, output: Any, taken: list[Any]) -> None:
+        """Tally what the units of a module did, where something tells."""
+        self.collector.judge(name, inputs, output, taken)
 
     def failed(self, place: str, error: Exception) -> None:
         """Tell of a fault of ours; raise it in strict mode."""
@@ -350,10 +349,10 @@ class Session:
         self.buffer.drop()
         self._running.clear()
 
-    def _passes(self, step: int) -> list[tuple[Site, Any]]:
-        """What was captured for a step since the last call."""
+    def _passes(self, step: int) -> list[Any]:
+        """What was captured for a step since the last call, as for `Collector.add_measured`."""
         inside = self._graph_taps.collect() if self._graph_taps is not None else ()
-        return [*self.taps.collect(step), *inside]
+        return [*self.taps.collect(step), *(entry for site, found in inside for entry in (site, found, ALONE))]
 
     def _take_passes(self) -> None:
         assert self.buffer.step is not None

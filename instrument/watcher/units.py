@@ -24,14 +24,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from instrument.capture.names import PARAMETRIZATIONS, ModuleEntry, Site, is_leaf, unwrapped
+from instrument.capture.names import PARAMETRIZATIONS, ModuleEntry, Site, is_leaf, site_of, unwrapped
 from instrument.capture.outputs import named_tensors
 from instrument.capture.patterns import Pattern
 from instrument.errors import UnmeasurableError
 from instrument.measure import native
+from instrument.measure.batch import Column
+from instrument.measure.groups import ArrivingGroup
+from instrument.measure.pending import ALONE
 from instrument.measure.slopes import Slopes, slopes_named, slopes_of
 from instrument.measure.tensors import whole
-from instrument.measure.units import DeviceTally, Extent, UnitTally, extent_of, tally_plain, tally_rows
+from instrument.measure.units import Extent, UnitTally, extent_of, tally_plain, tally_rows
+from instrument.record.buffer import Groups, Tally
 from instrument.torch_private import Unseen, can_hide, children_of, parameters_of, version_of
 
 __all__ = ["UnitJudge"]
@@ -80,15 +84,22 @@ class UnitJudge:
         functions: Glob over module names to the name of the function that follows.
         wants: Whether a site is watched.
         say: Told once what cannot be judged, and why.
+        copied: Gives the group that a tensor is measured with later, and its place: its units are tallied then.
     """
 
-    def __init__(self, functions: Mapping[str, str], wants: Callable[[Site], bool], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        functions: Mapping[str, str],
+        wants: Callable[[Site], bool],
+        say: Callable[[str], None],
+        copied: Callable[[torch.Tensor], tuple[ArrivingGroup, int] | None] = lambda tensor: None,
+    ) -> None:
         self._functions = [(Pattern(glob), slopes_named(function)) for glob, function in functions.items()]
         self._wants = wants
         self._say = say
+        self._copied = copied
         self._roles: dict[str, _Role] = {}
         self._with_rows: set[str] = set()
-        self._rows: dict[str, UnitTally] = {}
         self._root: str | None = None
         self._last_layer: str | None = None
         self._keys: dict[str, dict[str, str]] = {}
@@ -118,7 +129,7 @@ class UnitJudge:
         """The root is called: no layer has run yet."""
         self._layer = None
 
-    def judge(self, name: str, inputs: Any, output: Any) -> tuple[str, UnitTally | DeviceTally | int] | None:
+    def judge(self, name: str, inputs: Any, output: Any) -> tuple[str, Tally | Groups | int, int] | None:
         """Tally the units of a module that has just returned.
 
         Args:
@@ -128,7 +139,8 @@ class UnitJudge:
 
         Returns:
             Name to record it under, and the tally; of the model itself, how many samples the pass was of, as far as
-            its first output tells. None where nothing is judged or can be.
+            its first output tells; and `ALONE`. Or the group that will make the tally, and its number there. None where
+            nothing is judged or can be.
         """
         role = self._roles.get(name)
         if role is None or (role.is_exempt and name != self._root):
@@ -137,8 +149,8 @@ class UnitJudge:
         if tensor is None or not tensor.dim():
             return None
         if role.is_exempt:
-            return name, len(tensor)
-        if not self._wants(Site("activations", name + path)):
+            return name, len(tensor), ALONE
+        if not self._wants(site_of("activations", name + path)):
             return None
         before, slopes = self._layer, role.slopes
         if role.is_layer:
@@ -155,42 +167,40 @@ class UnitJudge:
         tally = self._tally(tensor, _axis(tensor, role, before), slopes)
         if tally is None:
             return None
-        return (name if role.is_layer or before is None else self._key(name, before[0])) + path, tally
+        return (name if role.is_layer or before is None else self._key(name, before[0])) + path, *tally
 
     def has_rows(self, parameter: str) -> bool:
         """Whether rows of a parameter's gradient may tell what units do."""
         return parameter in self._with_rows
 
-    def rows(self, parameter: str, gradient: torch.Tensor, samples: int) -> UnitTally | DeviceTally | None:
+    def rows(
+        self, parameter: str, gradient: torch.Tensor, samples: int, column: Column | None = None
+    ) -> tuple[Tally | Groups, int] | None:
         """Tally the rows of a gradient that are zero, where nothing else tells what the units behind it do.
 
         Args:
             parameter: Name of a parameter that `has_rows`.
             gradient: Its gradient, as the optimizer will use it.
             samples: Samples that the gradient is of, at least 1.
+            column: Where the gradient was measured last of all, if it was.
 
         Returns:
-            The tally; None where the rows tell nothing, or a nonlinearity was seen behind the layer.
+            The tally and `ALONE`, or the group that will make it and its number there; None where the rows tell
+            nothing, or a nonlinearity was seen behind the layer.
         """
-        if not can_hide():
-            return None
         name = parameter.removesuffix(".weight")
         role = self._roles[name]
         assert role.weight_axis is not None
-        if name in self._judged or name == self._last_layer or not self._wants(Site("activations", name)):
+        if name in self._judged or name == self._last_layer or not self._wants(site_of("activations", name)):
             return None
+        late = column.rows_of_last(len(gradient), samples) if column is not None and role.weight_axis == 0 else None
+        if late is not None or not can_hide():
+            return late
         try:
             with Unseen():
-                tally = tally_rows(gradient, role.weight_axis, samples)
+                return tally_rows(gradient, role.weight_axis, samples), ALONE
         except UnmeasurableError:
             return None
-        # Whoever follows the units knows the tally of the last step again where nothing is new.
-        last = self._rows.get(parameter)
-        if last is not None and isinstance(tally, UnitTally) and last.flat is tally.flat and last.samples == samples:
-            return last
-        if isinstance(tally, UnitTally):
-            self._rows[parameter] = tally
-        return tally
 
     def silent(self, seen: Iterable[str]) -> Iterator[tuple[str, UnitTally]]:
         """Nonlinearities of which nothing was ever seen: no data is not the same as dead.
@@ -219,22 +229,28 @@ class UnitJudge:
             )
         return output, slopes
 
-    def _tally(self, tensor: torch.Tensor, axis: int, slopes: Slopes | None) -> UnitTally | DeviceTally | None:
+    def _tally(self, tensor: torch.Tensor, axis: int, slopes: Slopes | None) -> tuple[Tally | Groups, int] | None:
         """Tally a tensor, with the ranges found before if it was the last one looked at; None where it cannot be."""
+        copied = self._copied(tensor)
+        if copied is not None:
+            group, place = copied
+            number = group.tally(place, tuple(tensor.shape), axis, slopes)
+            if number is not None:
+                return group, number
         if not can_hide():  # a mode of the user's would see our operations
             return None
         try:
             with Unseen():
                 plain = tensor if native.can_read(tensor) else whole(tensor)
                 if not plain.is_cpu or not plain.numel():
-                    return tally_plain(plain, axis, slopes)
+                    return tally_plain(plain, axis, slopes), ALONE
                 known = self._known
                 if known is not None and known[0]() is tensor and known[1:3] == (version_of(tensor), axis):
-                    return tally_plain(plain, axis, slopes, known[3])
+                    return tally_plain(plain, axis, slopes, known[3]), ALONE
                 extent = extent_of(plain, axis)
                 if type(tensor) is torch.Tensor and not tensor.is_inference():
                     self._known = weakref.ref(tensor), version_of(tensor), axis, extent
-                return tally_plain(plain, axis, slopes, extent)
+                return tally_plain(plain, axis, slopes, extent), ALONE
         except UnmeasurableError:
             return None
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instrument.errors import UnmeasurableError
-from instrument.measure.batch import GROUP, SMALL, Batch, Later, measure_later, measure_many
+from instrument.measure.batch import Batch, measure_later, measure_many
 from instrument.measure.custom_op import measure
+from instrument.measure.groups import GROUP, SMALL, Later
 from instrument.measure.sketch import Sketch
 
 from .twin import assert_measures
@@ -182,7 +183,7 @@ def test_what_goes_wrong_in_a_group_is_told_for_each_tensor(monkeypatch: pytest.
         raise ZeroDivisionError("deliberate")
 
     item = Batch().add(torch.ones(2))
-    monkeypatch.setattr(sys.modules[Batch.__module__], "_measured_together", broken)
+    monkeypatch.setattr(sys.modules[Later.__module__], "_measured_together", broken)
     found = measure_many([torch.ones(2), torch.ones(9000)])
     assert isinstance(found[0], ZeroDivisionError)
     assert isinstance(found[1], Sketch)

@@ -58,8 +58,8 @@ class ForwardPass:
         """Whether the root's forward ended without an exception."""
         self.has_gradient: bool | None = False
         """Whether gradients flowed back through the root's output; None where its output cannot tell."""
-        self.taken: list[tuple[Site, Any]] = []
-        """What was measured, in the order of execution."""
+        self.taken: list[Any] = []
+        """What was measured, in the order of execution, as the listener keeps it."""
         self.ungraded: set[Site] = set()
         """Outputs that required no gradient: reentrant checkpointing will compute them again with one."""
         self.outputs: list[weakref.ref[Confirmation]] = []

@@ -10,31 +10,33 @@ from __future__ import annotations
 from instrument.measure.native.drawing import histogram_entries, histograms_of, log10_histograms_of
 from instrument.measure.native.library import is_there
 from instrument.measure.native.sketches import (
+    address_of,
     can_measure,
     can_read,
     counts_of,
     counts_of_array,
     gathered,
-    has_memory,
     sketch_of,
     sketches_of,
 )
-from instrument.measure.native.units import flat_of, ranges_of, zero_rows_of
+from instrument.measure.native.units import flat_of, ranges_of, ranges_of_many, zero_rows_in, zero_rows_of
 
 __all__ = [
+    "address_of",
     "can_measure",
     "can_read",
     "counts_of",
     "counts_of_array",
     "flat_of",
     "gathered",
-    "has_memory",
     "histogram_entries",
     "histograms_of",
     "is_there",
     "log10_histograms_of",
     "ranges_of",
+    "ranges_of_many",
     "sketch_of",
     "sketches_of",
+    "zero_rows_in",
     "zero_rows_of",
 ]

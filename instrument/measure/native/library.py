@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["SHORT", "functions", "is_there"]
 
-_INTERFACE = 4
+_INTERFACE = 6
 """Raised with every change to a signature in `engine.c`: an object built of an older one would write anywhere."""
 
 SHORT = 32_768
@@ -32,6 +32,8 @@ class _Functions(NamedTuple):
     gather: Any
     buckets: Any
     magnitudes: Any
+    ranges_of_many: Any
+    zero_rows_in: Any
 
 
 class _Library(NamedTuple):
@@ -70,6 +72,8 @@ def _functions(library: ctypes.CDLL) -> _Functions:
         library.instrument_gather,
         library.instrument_buckets,
         library.instrument_magnitudes,
+        library.instrument_ranges_of_many,
+        library.instrument_zero_rows_in,
     )
     values, cube = (_pointer, _kind), (_number, _number, _number)
     functions.accumulate.argtypes = (*values, _number, _number, _pointer, _pointer, _pointer)
@@ -92,6 +96,10 @@ def _functions(library: ctypes.CDLL) -> _Functions:
     functions.buckets.restype = ctypes.c_int64
     functions.magnitudes.argtypes = (_number, *[_pointer] * 6, _number, _pointer)
     functions.magnitudes.restype = None
+    functions.ranges_of_many.argtypes = (*values, _number, *[_pointer] * 6)
+    functions.ranges_of_many.restype = None
+    functions.zero_rows_in.argtypes = (*values, _number, *[_pointer] * 5)
+    functions.zero_rows_in.restype = None
     return functions
 
 

@@ -17,12 +17,12 @@ from instrument.measure.sketch import Sketch
 
 __all__ = [
     "KINDS",
+    "address_of",
     "can_measure",
     "can_read",
     "counts_of",
     "counts_of_array",
     "gathered",
-    "has_memory",
     "sketch_of",
     "sketches_of",
 ]
@@ -64,14 +64,24 @@ def can_measure(tensor: torch.Tensor) -> bool:
         and tensor.is_contiguous()
         and tensor.numel() > 0
         and not tensor.is_neg()
-        and has_memory(tensor)
+        and address_of(tensor, tensor.numel() * tensor.itemsize) != 0
     )
 
 
-def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether a contiguous tensor on the CPU has memory for all of its values: a storage may be freed or cut."""
-    end = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
-    return tensor.data_ptr() != 0 and tensor.untyped_storage().nbytes() >= end
+def address_of(tensor: torch.Tensor, size: int) -> int:
+    """Where the values of a contiguous tensor on the CPU lie; 0 where they have no memory, since its storage was freed.
+
+    What lies at the start of a freed storage has no address. What lies behind the start has one all the same, and its
+    storage is asked; which makes an object of Python that lives as long as the storage, so it is not done for all.
+
+    Args:
+        tensor: The tensor.
+        size: Bytes of its values.
+    """
+    address, offset = tensor.data_ptr(), tensor.storage_offset()
+    if offset and tensor.untyped_storage().nbytes() < offset * tensor.itemsize + size:
+        return 0
+    return address
 
 
 def can_read(tensor: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from instrument.measure.histogram import FloatArray, IntArray
 from instrument.measure.native.library import functions
 from instrument.measure.native.sketches import KINDS
 
-__all__ = ["flat_of", "ranges_of", "zero_rows_of"]
+__all__ = ["flat_of", "ranges_of", "ranges_of_many", "zero_rows_in", "zero_rows_of"]
 
 _UNITS = 8192
 """Units of which the ranges, or rows of which the flags have room that is there already."""
@@ -108,3 +108,45 @@ def zero_rows_of(tensor: torch.Tensor) -> npt.NDArray[np.bool_] | None:
     zero = found[:rows].copy() if some else None
     _rooms.free.append(room)
     return zero
+
+
+def ranges_of_many(
+    flat: torch.Tensor, starts: IntArray, cubes: IntArray, every: IntArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Ranges of the units of tensors that lie one behind the other.
+
+    Args:
+        flat: Their values, of shape (n,); one that `can_measure` allows.
+        starts: Where those of each begin, of shape (tensors,).
+        cubes: As how many samples, units and positions each is read, of shape (tensors, 3).
+        every: Of how many of them one is looked at for the scale, of shape (tensors, 3).
+
+    Returns:
+        Smallest and largest value of each unit, one tensor behind the other; and the mean square of each tensor.
+    """
+    starts, cubes, every = (np.ascontiguousarray(array, np.int64) for array in (starts, cubes, every))
+    lows, highs = (np.empty(int(cubes[:, 1].sum()), np.float32) for _ in range(2))
+    squares = np.empty(len(starts))
+    places = (array.ctypes.data for array in (starts, cubes, every, lows, highs, squares))
+    functions().ranges_of_many(flat.data_ptr(), KINDS[flat.dtype], len(starts), *places)
+    return lows.astype(np.float64), highs.astype(np.float64), squares
+
+
+def zero_rows_in(flat: torch.Tensor, starts: IntArray, rows: IntArray, widths: IntArray) -> IntArray:
+    """How many rows of each of several tensors are zero in whole.
+
+    Args:
+        flat: Their values, of shape (n,); one that `can_measure` allows.
+        starts: Where those of each begin, of shape (tensors,).
+        rows: How many rows each has,
+        widths: of how many values.
+
+    Returns:
+        Int64 of shape (tensors,).
+    """
+    arrays = [np.ascontiguousarray(array, np.int64) for array in (starts, rows, widths)]
+    room = np.empty(int(arrays[1].max()), np.uint8)
+    found = np.empty(len(starts), np.int64)
+    places = (*(array.ctypes.data for array in arrays), room.ctypes.data, found.ctypes.data)
+    functions().zero_rows_in(flat.data_ptr(), KINDS[flat.dtype], len(starts), *places)
+    return found

@@ -1,5 +1,6 @@
 """Units: what each output feature of a module did, tallied in one pass and merged exactly."""
 
+from instrument.measure.units.late import LateTallies, LateTally
 from instrument.measure.units.reduce import Extent, extent_of, tally_on_device, tally_plain, tally_rows, tally_units
 from instrument.measure.units.tally import BoolArray, DeviceTally, UnitTally, Witness, merge_tallies
 
@@ -7,6 +8,8 @@ __all__ = [
     "BoolArray",
     "DeviceTally",
     "Extent",
+    "LateTallies",
+    "LateTally",
     "UnitTally",
     "Witness",
     "extent_of",

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -32,10 +33,15 @@ from instrument.measure.units.tally import BoolArray, DeviceTally, UnitTally
 __all__ = [
     "Extent",
     "extent_of",
+    "living_rows",
+    "scale_steps",
+    "sides",
+    "tally_of_range",
     "tally_on_device",
     "tally_plain",
     "tally_rows",
     "tally_units",
+    "zero_rows",
 ]
 
 _Floats: TypeAlias = "npt.NDArray[Any]"
@@ -94,7 +100,7 @@ def extent_of(tensor: torch.Tensor, axis: int) -> Extent:
     """
     dense = _dense(tensor, axis)
     if dense is not None:
-        return Extent(_sides(tensor, axis)[0], *native.ranges_of(*dense, _every(*dense[1])))
+        return Extent(sides(tensor.shape, axis)[0], *native.ranges_of(*dense, scale_steps(*dense[1])))
     tensor = tensor.detach()
     values = _values(tensor, axis)
     samples, units, positions = values.shape
@@ -113,9 +119,9 @@ def extent_of(tensor: torch.Tensor, axis: int) -> Extent:
 
 def _dense(tensor: torch.Tensor, axis: int) -> tuple[torch.Tensor, tuple[int, int, int]] | None:
     """What `native` can read, as so many samples, units and positions; of channels last, positions are samples."""
-    samples, units, positions = sides = _sides(tensor, axis)
+    samples, units, positions = cube = sides(tensor.shape, axis)
     if native.can_measure(tensor):
-        return tensor, sides
+        return tensor, cube
     if not native.is_there() or positions == 1 or tensor.stride(axis) != 1:
         return None
     last = tensor.movedim(axis, -1)
@@ -123,7 +129,7 @@ def _dense(tensor: torch.Tensor, axis: int) -> tuple[torch.Tensor, tuple[int, in
 
 
 @functools.lru_cache(maxsize=4096)
-def _every(samples: int, units: int, positions: int) -> tuple[int, int, int]:
+def scale_steps(samples: int, units: int, positions: int) -> tuple[int, int, int]:
     """Of how many samples, units and positions one is looked at for the scale: `SCALE_SAMPLE` values or fewer."""
     every = max(1, samples // 8)
     across = math.ceil(units * positions * math.ceil(samples / every) / SCALE_SAMPLE)
@@ -172,8 +178,7 @@ def tally_plain(
     extent = known if known is not None else extent_of(tensor, axis)
     units, low, high = extent.low.size, extent.low, extent.high
     if slopes is None:
-        nowhere, never = _nothing(units)
-        return UnitTally(None, extent.samples, 1, low, high, 0, nowhere, never, never, extent.square_mean)
+        return tally_of_range(extent)
     never_flat = _nothing(units)[1]
     if slopes.is_piecewise_linear:
         never_flat = (low > slopes.flat.low) & (high < slopes.flat.high)
@@ -183,6 +188,17 @@ def tally_plain(
     if torn.size:  # in one tail or the other, as far as is known: the values between must be looked for
         dead_flat[torn] = _is_flat(_floats(_values(tensor.detach(), axis)[:, torn]), slopes.dead).all(axis=0)
     return UnitTally(function, extent.samples, 1, low, high, counted, flat, dead_flat, never_flat, extent.square_mean)
+
+
+def tally_of_range(extent: Extent) -> UnitTally:
+    """The tally of units of which the range is known and nothing else; those of as many units share their counts."""
+    nowhere, never = _nothing(extent.low.size)
+    tally = object.__new__(UnitTally)  # a frozen dataclass sets its fields by one slow call each
+    tally.__dict__.update(
+        function=None, samples=extent.samples, batches=1, low=extent.low, high=extent.high, counted=0, flat=nowhere,
+        dead_flat=never, never_flat=never, square_mean=extent.square_mean, witness="activations",
+    )  # fmt: skip
+    return tally
 
 
 @functools.lru_cache(maxsize=64)
@@ -216,7 +232,7 @@ def tally_rows(gradient: torch.Tensor, axis: int, samples: int) -> UnitTally | D
     """
     if axis == 0 and native.can_read(gradient):
         zero = native.zero_rows_of(gradient)
-        return _living(len(gradient), samples) if zero is None else _row_tally(~zero, samples)
+        return living_rows(len(gradient), samples) if zero is None else _row_tally(~zero, samples)
     rows = whole(gradient).movedim(axis, 0).flatten(1)
     if not rows.is_cpu:
         return DeviceTally(rows.ne(0).any(1), lambda alive: _row_tally(alive, samples))
@@ -229,10 +245,17 @@ def tally_rows(gradient: torch.Tensor, axis: int, samples: int) -> UnitTally | D
     return _row_tally(alive, samples)
 
 
-def _living(units: int, samples: int) -> UnitTally:
+@functools.lru_cache(maxsize=256)
+def living_rows(units: int, samples: int) -> UnitTally:
     """The tally of a gradient without a row of zeros, as nearly all are; those of as many rows share their arrays."""
     low, high, flat, never = _alive(units)
     return UnitTally(None, samples, 1, low, high, 1, flat, never, never, math.nan, "gradient rows")
+
+
+@functools.lru_cache(maxsize=64)
+def zero_rows(units: int) -> UnitTally:
+    """The tally of a gradient that is zero in whole, which says nothing; those of as many rows are one."""
+    return UnitTally.empty(units, None, "gradient rows")
 
 
 @functools.lru_cache(maxsize=64)
@@ -248,7 +271,7 @@ def _alive(units: int) -> tuple[FloatArray, FloatArray, IntArray, BoolArray]:
 def _row_tally(alive: BoolArray, samples: int) -> UnitTally:
     """The tally of one gradient, of which rows are alive."""
     if not alive.any():
-        return UnitTally.empty(alive.size, None, "gradient rows")
+        return zero_rows(alive.size)
     low = np.full(alive.size, -math.inf)
     flat = np.logical_not(alive)
     never_flat = np.zeros(alive.size, np.bool_)
@@ -295,15 +318,15 @@ def _unpacked(numbers: npt.NDArray[np.floating[Any]], slopes: Slopes | None, sam
     return UnitTally(slopes.function, samples, 1, low, high, samples, flat, dead, never, float(squares[0]))
 
 
-def _sides(tensor: torch.Tensor, axis: int) -> tuple[int, int, int]:
-    """How many samples, units and positions a tensor has."""
-    shape = tuple(tensor.shape)  # parts of a `torch.Size` take a microsecond each
+def sides(shape: Sequence[int], axis: int) -> tuple[int, int, int]:
+    """How many samples, units and positions a tensor of a shape has, whose units are of this dimension."""
+    shape = tuple(shape)  # parts of a `torch.Size` take a microsecond each
     return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
 
 
 def _cube(tensor: torch.Tensor, axis: int) -> torch.Tensor:
     """The tensor as samples, units and positions, of shape (s, u, p); a view wherever possible."""
-    return tensor.reshape(_sides(tensor, axis))
+    return tensor.reshape(sides(tensor.shape, axis))
 
 
 def _values(tensor: torch.Tensor, axis: int) -> _Values:
@@ -374,15 +397,14 @@ def _square_mean(sample: _Values) -> float:
 def _flat_samples(tensor: torch.Tensor, axis: int, tails: Tails) -> tuple[int, IntArray]:
     """How many samples were looked at, and on how many of them each unit was flat."""
     leading = tensor.shape[:axis]
-    samples, _, positions = sides = _sides(tensor, axis)
+    samples, _, positions = cube = sides(tensor.shape, axis)
     step = math.ceil(samples / (COUNTED if positions == 1 else COUNTED_IMAGES))
     while step > 1 and any(math.gcd(step, size) != 1 for size in leading):
         step += 1
     if native.can_measure(tensor):
-        flat = native.flat_of(tensor, sides, step, tails.low, tails.high)
+        flat = native.flat_of(tensor, cube, step, tails.low, tails.high)
         return math.ceil(samples / step), flat
-    cube = _cube(tensor.detach(), axis)
-    is_flat = _is_flat(_floats(_host(cube)[::step]), tails)
+    is_flat = _is_flat(_floats(_values(tensor.detach(), axis)[::step]), tails)
     return len(is_flat), np.add.reduce(is_flat.view(np.uint8), axis=0, dtype=np.uint8).astype(np.int64)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -171,11 +171,18 @@ class DeviceTally:
         return self._make(self._numbers.fetch().numpy())
 
 
-def merge_tallies(tallies: Iterable[UnitTally | DeviceTally]) -> UnitTally:
+class _Pending(Protocol):
+    """What will give a tally."""
+
+    def fetch(self) -> UnitTally:
+        """The tally; whoever asks makes it, or waits for it."""
+
+
+def merge_tallies(tallies: Iterable[UnitTally | _Pending]) -> UnitTally:
     """Merge one or more tallies; those that do not fit the last, because their module was changed, are left out.
 
     Args:
-        tallies: At least one; what lies on a device is fetched.
+        tallies: At least one; what is not there yet is fetched.
 
     Returns:
         One tally; see `UnitTally.merge`.
@@ -184,19 +191,30 @@ def merge_tallies(tallies: Iterable[UnitTally | DeviceTally]) -> UnitTally:
     last = found[-1]
     if len(found) == 1:
         return last
-    found = [tally for tally in found if tally.fits(last)]
+    units, function, witness = last.low.size, last.function, last.witness
+    found = [t for t in found if t.low.size == units and t.function == function and t.witness == witness]
     samples = sum(tally.samples for tally in found)
+    counted = sum(tally.counted for tally in found)
     squares = sum(tally.square_mean * tally.samples for tally in found if tally.samples)
     return UnitTally(
-        last.function,
+        function,
         samples,
         sum(tally.batches for tally in found),
         np.minimum.reduce([tally.low for tally in found]),
         np.maximum.reduce([tally.high for tally in found]),
-        sum(tally.counted for tally in found),
-        np.add.reduce([tally.flat for tally in found]),
-        np.logical_and.reduce([tally.dead_flat for tally in found]),
-        np.logical_and.reduce([tally.never_flat for tally in found]),
+        counted,
+        np.add.reduce([tally.flat for tally in found]) if counted else last.flat,
+        _on_all([tally.dead_flat for tally in found]),
+        _on_all([tally.never_flat for tally in found]),
         squares / samples if samples else 0.0,
-        last.witness,
+        witness,
     )
+
+
+def _on_all(flags: list[BoolArray]) -> BoolArray:
+    """What holds on all of several; tallies of which the range alone is known share their flags."""
+    first = flags[0]
+    if all(flag is first for flag in flags):
+        return first
+    both: BoolArray = np.logical_and.reduce(flags)
+    return both

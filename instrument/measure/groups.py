@@ -1,0 +1,287 @@
+"""Small tensors of one type that are copied when they come, and measured at one time.
+
+What shaped it, measured on one core with torch 2.13 and NumPy 2.4:
+
+* a tensor of a thousand elements takes 8 us by itself where C measures it, and 31 in NumPy; together with a few hundred
+  others it takes 2;
+* what makes a tensor fit to be read by its address takes a dozen questions of 0.2 us each, so they are asked once;
+* an object a tensor that lives until its step is written keeps the garbage collector busy, which then looks at all of
+  torch's objects, 150 ms at a time: places in a group are numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+
+import numpy as np
+import torch
+
+from instrument.measure import native
+from instrument.measure.columns import Sketches
+from instrument.measure.cpu import BLOCK, copy_flat
+from instrument.measure.histogram import IntArray
+from instrument.measure.segments import sketches_of
+from instrument.measure.sketch import Sketch
+from instrument.measure.slopes import Slopes
+from instrument.measure.units import LateTallies, LateTally, UnitTally
+from instrument.torch_private import Unseen, flattened
+
+__all__ = ["GROUP", "SMALL", "ArrivingGroup", "GatheredGroup", "Later", "small"]
+
+SMALL = 8192
+"""Tensors of up to this many elements are measured together; a larger one is cheaper by itself."""
+
+GROUP = 1024
+"""Tensors in a group, at most: each has counts of its own."""
+
+_SIZES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+"""Types whose values are exactly those of a float32, and their bytes."""
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_OTHERS = 0, 0
+
+
+def small(tensor: torch.Tensor) -> tuple[int, int]:
+    """Whether a tensor is measured together with others: small and plain, on the CPU, with memory of its own.
+
+    Args:
+        tensor: Any.
+
+    Returns:
+        The number of its elements, 0 where it is not; and where they lie, 0 where they do not lie in a row.
+    """
+    if type(tensor) not in _PLAIN:
+        return _OTHERS
+    itemsize = _SIZES.get(tensor.dtype)
+    if itemsize is None or not tensor.is_cpu or tensor.layout is not torch.strided:
+        return _OTHERS
+    size = tensor.numel()
+    if not 0 < size <= SMALL or tensor.is_nested:
+        return _OTHERS
+    if not tensor.is_contiguous() or tensor.is_neg():
+        return (size, 0) if tensor.untyped_storage().nbytes() else _OTHERS
+    address = native.address_of(tensor, size * itemsize)
+    return (size, address) if address else _OTHERS
+
+
+class Later:
+    """The sketch of a tensor that waits for others to be measured with."""
+
+    __slots__ = ("group", "index")
+
+    def __init__(self, group: _Measured, index: int) -> None:
+        self.group = group
+        """Those that it is measured with."""
+        self.index = index
+        """Its place among them."""
+
+    @property
+    def is_there(self) -> bool:
+        """True: there is no device to wait for."""
+        return True
+
+    def place(self) -> tuple[Sketches, int]:
+        """The sketches that this one is made with, and its place among them.
+
+        Raises:
+            Exception: What went wrong when they were measured.
+        """
+        return self.group.measured(), self.index
+
+    def sketch(self) -> Sketch:
+        """The sketch; what waits is measured now unless that is done.
+
+        Raises:
+            Exception: What went wrong then.
+        """
+        return self.group.measured()[self.index]
+
+
+class _Measured:
+    """What is common to groups however tensors come."""
+
+    __slots__ = ("_fault", "_flat", "_found", "_lengths", "_lock", "_size", "_wanted", "is_full")
+
+    def __init__(self) -> None:
+        self.is_full = False
+        """Whether no more is to be added."""
+        self._lengths: list[int] = []
+        self._size = 0
+        self._flat: torch.Tensor | None = None
+        self._found: Sketches | Exception | None = None
+        self._wanted = LateTallies()
+        self._fault: Exception | None = None
+        self._lock = threading.RLock()  # a finalizer may ask in the middle of our own calls
+
+    def _note(self, size: int) -> int:
+        """Note a tensor of so many elements; returns its place."""
+        self._lengths.append(size)
+        self._size += size
+        self.is_full = self._size > BLOCK - SMALL or len(self._lengths) == GROUP
+        return len(self._lengths) - 1
+
+    def measured(self) -> Sketches:
+        """The sketches of the tensors, in the order in which they came.
+
+        Raises:
+            Exception: What went wrong, to everybody who asks.
+        """
+        if self._found is None:
+            with self._lock, Unseen():
+                if self._found is None:
+                    self.is_full = True
+                    try:
+                        flat, lengths = self._values(), np.array(self._lengths, np.int64)
+                        self._make_tallies(flat, lengths)
+                        self._found = _measured_together(flat, lengths)
+                    except Exception as error:
+                        self._found = error
+                    self._flat = None
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
+
+    def _make_tallies(self, flat: torch.Tensor, lengths: IntArray) -> None:
+        try:
+            self._wanted.make(flat, np.cumsum(lengths) - lengths)
+        except Exception as error:
+            self._fault = error
+
+    def sketches(self) -> Sketches:
+        """The same as `measured`."""
+        return self.measured()
+
+    def item(self, place: int) -> Later:
+        """What will give the sketch at a place."""
+        return Later(self, place)
+
+    def tally(self, place: int, shape: tuple[int, ...], axis: int, slopes: Slopes | None) -> int | None:
+        """Have the units of a tensor tallied when it is measured.
+
+        Args:
+            place: Its place.
+            shape: Its shape.
+            axis: As for `instrument.measure.units.tally_units`.
+            slopes: Likewise.
+
+        Returns:
+            The number under which `made` gives the tally; None where the tensor was measured already.
+        """
+        with self._lock:
+            return self._wanted.add(place, shape, axis, slopes) if self._found is None else None
+
+    def rows(self, place: int, rows: int, samples: int) -> int | None:
+        """The same of the rows of a gradient that are zero.
+
+        Args:
+            place: Its place.
+            rows: How many rows it has.
+            samples: As for `instrument.measure.units.tally_rows`.
+        """
+        with self._lock:
+            width = self._lengths[place] // rows
+            return self._wanted.add_rows(place, rows, width, samples) if self._found is None else None
+
+    def late(self, number: int) -> LateTally:
+        """What will give the tally of this number."""
+        return LateTally(self, number)
+
+    def samples_of(self, number: int) -> int:
+        """How many samples the tally of this number is of."""
+        return self._wanted.samples[number]
+
+    def made(self, number: int) -> UnitTally:
+        """The tally of this number; what waits is measured now unless that is done.
+
+        Raises:
+            Exception: What went wrong, to everybody who asks.
+        """
+        if self._found is None:
+            with contextlib.suppress(Exception):  # the sketches may have failed, and the tallies not
+                self.measured()
+        if self._fault is not None:
+            raise self._fault
+        return self._wanted.found(number)
+
+    def _values(self) -> torch.Tensor:
+        """All values, one tensor behind the other."""
+        raise NotImplementedError
+
+
+class GatheredGroup(_Measured):
+    """Tensors that are there at the same time: they are referred to until `copy`, which copies all in one call."""
+
+    __slots__ = ("_addresses", "_tensors")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tensors: list[torch.Tensor] = []
+        self._addresses: list[int] = []
+
+    def add(self, tensor: torch.Tensor, size: int, address: int) -> int:
+        """Take a tensor in, of which `small` told size and address; returns its place."""
+        self._tensors.append(tensor)
+        self._addresses.append(address)
+        return self._note(size)
+
+    def copy(self) -> None:
+        """Copy the values, so that the tensors are no longer needed; call it under `Unseen`."""
+        self.is_full = True
+        if native.is_there() and 0 not in self._addresses:
+            lengths = np.array(self._lengths, np.int64)
+            self._flat = native.gathered(self._addresses, lengths, self._tensors[0].dtype)
+        else:
+            self._flat = flattened(self._tensors)
+        self._tensors, self._addresses = [], []
+
+    def _values(self) -> torch.Tensor:
+        if self._flat is None:
+            self.copy()
+        assert self._flat is not None
+        return self._flat
+
+
+class ArrivingGroup(_Measured):
+    """Tensors that come one by one, perhaps from several threads: each is copied at once."""
+
+    __slots__ = ("_address", "_itemsize")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._flat = torch.empty(BLOCK, dtype=dtype)
+        self._address = self._flat.data_ptr()
+        self._itemsize = _SIZES[dtype]
+
+    def add(self, tensor: torch.Tensor, size: int, address: int) -> int | None:
+        """Copy a tensor of which `small` told size and address; call it under `Unseen`.
+
+        Returns:
+            Its place; None where the group is full or measured already.
+        """
+        with self._lock:
+            room, start = self._flat, self._size
+            if self.is_full or room is None:
+                return None
+            if address:
+                ctypes.memmove(self._address + start * self._itemsize, address, size * self._itemsize)
+            else:
+                room[start : start + size].view(tensor.shape).copy_(tensor)
+            # A finalizer that ran meanwhile may have asked for what is there.
+            return self._note(size) if self._found is None else None
+
+    def _values(self) -> torch.Tensor:
+        assert self._flat is not None
+        return self._flat[: self._size]
+
+
+def _measured_together(flat: torch.Tensor, lengths: IntArray) -> Sketches:
+    """Sketches of values that stand one tensor behind the other."""
+    if native.can_measure(flat):
+        return native.sketches_of(flat, lengths)
+    single = flat
+    if flat.dtype is not torch.float32:
+        single = torch.empty(flat.shape, dtype=torch.float32)
+        copy_flat(flat, single)
+    return sketches_of(single.numpy(), lengths)
