@@ -1,13 +1,12 @@
 """The pictures of a run as it goes on: how often each unit fired through time, and scale through depth.
 
 TensorBoard keeps ten pictures of a tag, the newest among them, so each shows the whole history. A picture takes some
-15 ms to draw, whatever the step cost; so they are drawn at flush 1, 2, 4, 8 ... and at the end. Of many layers they are
-drawn by and by, in the flushes that follow, with pauses in which the training has the interpreter lock.
+10 ms to draw, whatever the step cost; so they are drawn at flush 1, 2, 4, 8 ... and at the end. Of many layers they are
+drawn by and by, in the flushes that follow.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -25,9 +24,7 @@ PROFILE_STATISTIC = "by_depth"
 PROFILE_NAME = "rms"
 
 AT_ONCE = 16
-"""Unit maps that are drawn after one flush, unless the training is over. The library that packs a picture has the
-interpreter lock for 9 ms, and again before the training thread has done more than one operation: the maps of 175 layers
-held a training up for two seconds."""
+"""Unit maps that are drawn after one flush, unless the training is over: those of hundreds of layers take seconds."""
 
 
 class Album:
@@ -66,11 +63,8 @@ class Album:
     def _maps(self, is_last: bool) -> Iterator[Summary.Value]:
         """The unit maps that are due, all of them or as many as may be drawn at once."""
         for name in list(self._due)[: None if is_last else AT_ONCE]:
-            start = time.perf_counter()
             yield self._units.value(name)
             del self._due[name]
-            if not is_last:
-                time.sleep(time.perf_counter() - start)
 
     def _profile(self, kind: str) -> Summary.Value | None:
         first, then = self._first[kind]

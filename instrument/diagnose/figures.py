@@ -17,12 +17,15 @@ from __future__ import annotations
 import functools
 import io
 import math
+import struct
+import zlib
 from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import putchunk
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 __all__ = ["MAX_COLUMNS", "MAX_ROWS", "PALETTE", "UNIT_BOX", "as_value", "depth_profile", "sheet", "unit_map"]
@@ -213,12 +216,29 @@ def as_value(tag: str, image: Image.Image) -> Summary.Value:
         >>> as_value("Activations.unit_map/relu", Image.new("RGB", (4, 2))).image.width
         4
     """
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)  # 7 ms instead of 11, for files of 38 kB instead of 31
+    encoded = _png(image)
     return Summary.Value(
         tag=tag,
-        image=Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=file.getvalue()),
+        image=Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=encoded),
     )
+
+
+def _png(image: Image.Image) -> bytes:
+    """An RGB picture as PNG, as specified by W3C, third edition, 2025.
+
+    `Image.save` keeps the interpreter lock, and the training, for the 9 ms that it takes to pack a picture; `zlib`
+    gives it up and packs as well.
+    """
+    rows = np.asarray(image).reshape(image.height, 3 * image.width)
+    # Each row begins with the number of its filter: none, since most of a picture is flat.
+    packed = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes(), 1)
+    file = io.BytesIO()
+    file.write(b"\x89PNG\r\n\x1a\n")
+    # Eight bits a channel, red, green and blue; the only ways of packing and filtering; rows in their order.
+    putchunk(file, b"IHDR", struct.pack(">IIBBBBB", image.width, image.height, 8, 2, 0, 0, 0))
+    putchunk(file, b"IDAT", packed)
+    putchunk(file, b"IEND")
+    return file.getvalue()
 
 
 def _sorted(table: FloatArray) -> FloatArray:
