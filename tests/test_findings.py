@@ -479,7 +479,7 @@ def test_a_run_is_written_one_step_after_another(tmp_path: Path) -> None:
     is_full = threading.Event()
     task, optimizer = Task(seed=1), sgd(model)
     with instrument.watch(model, writer=writer, interval=8, scalar_interval=1) as watcher:
-        writer.add_built(lambda: [b""] * (not is_full.wait(30)), 0)  # the disk
+        writer.add_built(lambda: [(b"",)] * (not is_full.wait(30)), 0)  # the disk
         for _ in range(40):
             optimizer.zero_grad()
             inputs, labels = task.points()

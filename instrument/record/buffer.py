@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,6 +60,10 @@ class _Tallies(Mapping[str, UnitTally]):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+    def items(self) -> ItemsView[str, UnitTally]:
+        """Name and tally of each; the general one of `Mapping` takes as long as to make them."""
+        return {name: self[name] for name in self._parts}.items()
 
     def without(self, names: Iterable[str]) -> _Tallies:
         """Those of other names."""

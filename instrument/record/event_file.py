@@ -81,9 +81,9 @@ class EventFile:
         """Whether this process, and not one that it was forked from, opened the file."""
         return os.getpid() == self._pid
 
-    def write(self, event: bytes) -> None:
-        """Append a serialised event, or keep it until that is possible; never raises."""
-        self._backlog.append(frame(event))
+    def write(self, *parts: bytes) -> None:
+        """Append a serialised event, given in parts, or keep it until that is possible; never raises."""
+        self._backlog.append(frame(*parts))
         self._backlog_bytes += len(self._backlog[-1])
         try:
             self._write_backlog()

@@ -23,22 +23,25 @@ _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 
 
-def frame(data: bytes) -> bytes:
+def frame(*parts: bytes) -> bytes:
     """A record of an event file around data.
 
     Args:
-        data: A serialised `Event`.
+        parts: A serialised `Event`, in as many parts as it was made of: megabytes are copied once.
 
     Returns:
         Length, checksum, data, checksum.
     """
-    length = struct.pack("<Q", len(data))
-    return b"".join((length, _FOOTER.pack(_masked_crc(length)), data, _FOOTER.pack(_masked_crc(data))))
+    length = struct.pack("<Q", sum(map(len, parts)))
+    footer = _FOOTER.pack(_masked_crc(*parts))
+    return b"".join((length, _FOOTER.pack(_masked_crc(length)), *parts, footer))
 
 
-def _masked_crc(data: bytes) -> int:
+def _masked_crc(*parts: bytes) -> int:
     """CRC-32C rotated right by 15 bits plus a constant, as the format asks."""
-    crc: int = google_crc32c.value(data)
+    crc = 0
+    for part in parts:
+        crc = google_crc32c.extend(crc, part)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 

@@ -2,7 +2,8 @@
 
 A history of 64 records holds 64 sketches of each site: as arrays and objects they took 3 kB each, which is 200 kB a
 site. Packed they take a few hundred bytes. Codes rise, so that their differences are small, and most counts are a few:
-`zlib` makes a tenth of both, and it gives up the interpreter lock while it works.
+where C is at hand, it writes each in as many half bytes as it needs, a seventh of what they take. `zlib` makes a tenth,
+in ten times the time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from instrument.measure import native
 from instrument.measure.columns import Sketches
 from instrument.measure.histogram import FloatArray, IntArray
 from instrument.measure.pending import Pending, Source, gathered, item_at
@@ -152,14 +154,19 @@ class _Packed:
 
 
 _HEADER = 2
+_IN_HALVES, _IN_ZLIB = b"h", b"z"
+"""What a part was packed by."""
 
 
 def _packed(sketches: Sketches) -> bytes:
     """Codes and counts of several sketches.
 
-    A header of two numbers says how many sketches there are and how many bytes a count has; behind it stand the ends
-    of the sketches, the differences of the codes, and the counts, the last two byte by byte of like weight.
+    Of what `zlib` packs, a header of two numbers says how many sketches there are and how many bytes a count has;
+    behind it stand the ends of the sketches, the differences of the codes, and the counts, the last two byte by byte of
+    like weight.
     """
+    if native.is_there():
+        return _IN_HALVES + native.packed(sketches)
     every = sketches.counts
     width = next(width for width in (1, 2, 4, 8) if not every.size or every.max() < 1 << (8 * width - (width == 8)))
     steps = sketches.codes.copy()
@@ -172,7 +179,7 @@ def _packed(sketches: Sketches) -> bytes:
             _planes(every.astype(f"<u{width}"), width),
         )
     )
-    return zlib.compress(body, _LEVEL)
+    return _IN_ZLIB + zlib.compress(body, _LEVEL)
 
 
 def _planes(values: npt.NDArray[np.unsignedinteger], width: int) -> bytes:
@@ -184,7 +191,9 @@ def _planes(values: npt.NDArray[np.unsignedinteger], width: int) -> bytes:
 @functools.lru_cache(maxsize=_CACHED)
 def _unpacked(packed: bytes) -> tuple[npt.NDArray[np.uint16], IntArray, IntArray]:
     """Codes and counts of several sketches, and where each ends."""
-    body = np.frombuffer(zlib.decompress(packed), np.uint8)
+    if packed[:1] == _IN_HALVES:
+        return native.unpacked(packed[1:])
+    body = np.frombuffer(zlib.decompress(packed[1:]), np.uint8)
     number, width = body[: 4 * _HEADER].view(np.uint32).tolist()
     start = 4 * (_HEADER + number)
     ends = body[4 * _HEADER : start].view(np.uint32).astype(np.int64)

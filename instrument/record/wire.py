@@ -26,7 +26,7 @@ from instrument.measure.histogram import FloatArray, IntArray
 from instrument.record.statistics import SLICE, yield_lock
 from instrument.record.values import HistogramSlice
 
-__all__ = ["ScalarLayout", "event", "histogram_values"]
+__all__ = ["ScalarLayout", "event_parts", "histogram_values"]
 
 _VALUE, _TAG, _SIMPLE_VALUE, _HISTOGRAM = b"\x0a", b"\x0a", b"\x15", b"\x2a"
 _LIMITS, _COUNTS = b"\x32", b"\x3a"
@@ -34,8 +34,8 @@ _MOMENTS = np.dtype([(name, part) for key in "abcde" for name, part in ((f"{key}
 """Five doubles, each behind the byte that says which field it is."""
 
 
-def event(wall_time: float, step: int, values: Iterable[bytes]) -> bytes:
-    """An event around values.
+def event_parts(wall_time: float, step: int, values: Iterable[bytes]) -> list[bytes]:
+    """An event around values, in parts.
 
     Args:
         wall_time: Seconds since 1970.
@@ -43,11 +43,11 @@ def event(wall_time: float, step: int, values: Iterable[bytes]) -> bytes:
         values: The entries of its summary, as `ScalarLayout` and `histogram_values` give them.
 
     Returns:
-        A serialised `Event`.
+        What makes a serialised `Event`, one behind the other.
     """
-    summary = b"".join(values)
+    parts = list(values)
     head = struct.pack("<Bd", 0x09, wall_time) + b"\x10" + _varint(step)
-    return b"".join((head, b"\x2a", _varint(len(summary)), summary))
+    return [head + b"\x2a" + _varint(sum(map(len, parts))), *parts]
 
 
 @functools.lru_cache(maxsize=4096)

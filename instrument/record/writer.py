@@ -25,7 +25,7 @@ from instrument.record.buffer import StepRecord
 from instrument.record.event_file import EventFile
 from instrument.record.losses import Losses
 from instrument.record.values import histogram_slices, scalar_values
-from instrument.record.wire import ScalarLayout, event, histogram_values
+from instrument.record.wire import ScalarLayout, event_parts, histogram_values
 from instrument.record.worker import Worker
 
 __all__ = ["ForeignSink", "OwnSink", "RecordSink", "SummaryWriter", "sink_for"]
@@ -60,17 +60,17 @@ class _Events:
         return self._logdir
 
     def add_event(self, event: Any) -> None:
-        self.add_built(lambda: (event.SerializeToString(),), event.ByteSize())
+        self.add_built(lambda: ((event.SerializeToString(),),), event.ByteSize())
 
-    def add_built(self, build: Callable[[], Iterable[bytes]], size: int) -> None:
-        """Write events that are built in the writer's thread."""
+    def add_built(self, build: Callable[[], Iterable[Iterable[bytes]]], size: int) -> None:
+        """Write events that are built in the writer's thread, each in parts."""
         if self._is_closed:
             self.reopen()
         file = self._file
 
         def write() -> None:
             for data in build():
-                file.write(data)
+                file.write(*data)
 
         self._worker.submit(write, size)
 
@@ -168,11 +168,11 @@ class SummaryWriter(TorchSummaryWriter):
             value = scalar_value.detach() if hasattr(scalar_value, "detach") else scalar_value
             self.losses.add(tag, int(global_step), float(value))
 
-    def add_built(self, build: Callable[[], Iterable[bytes]], size: int) -> None:
+    def add_built(self, build: Callable[[], Iterable[Iterable[bytes]]], size: int) -> None:
         """Add events that are built in the writer's thread.
 
         Args:
-            build: Gives each serialised `Event`.
+            build: Gives each serialised `Event`, in parts.
             size: Bytes that wait with it, roughly.
         """
         self._get_file_writer().event_writer.add_built(build, size)
@@ -248,8 +248,8 @@ class OwnSink:
     def write(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
         """Write a record; the event is built in the writer's thread."""
 
-        def build() -> Iterable[bytes]:
-            return (event(record.wall_time, record.step, self._values(record, scalars, histograms)),)
+        def build() -> Iterable[Iterable[bytes]]:
+            return (event_parts(record.wall_time, record.step, self._values(record, scalars, histograms)),)
 
         self._writer.add_built(build, BYTES_PER_SKETCH * len(record))
 
@@ -275,10 +275,10 @@ class OwnSink:
     def values(self, build: Callable[[], Built]) -> None:
         """Write what is built, an event a step."""
 
-        def events() -> Iterable[bytes]:
+        def events() -> Iterable[Iterable[bytes]]:
             for step, values in build():
                 found = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
-                yield found.SerializeToString()
+                yield (found.SerializeToString(),)
 
         self._writer.add_built(events, BYTES_PER_SKETCH)
 

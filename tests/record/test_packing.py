@@ -6,6 +6,7 @@ import dataclasses
 import threading
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from instrument import Sketch, measure
 from instrument.record.buffer import StepRecord
 from instrument.record.packing import PART, SketchStore
+
+pytestmark = pytest.mark.usefixtures("engine")
 
 VALUES = st.lists(
     st.one_of(st.floats(width=32), st.sampled_from([0.0, -0.0, float("nan"), float("inf"), 1e-45, -3e38])), max_size=30

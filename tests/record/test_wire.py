@@ -19,7 +19,7 @@ from instrument.record.buffer import StepRecord
 from instrument.record.statistics import SLICE
 from instrument.record.tags import STATISTICS
 from instrument.record.values import histogram_slices, scalar_values
-from instrument.record.wire import ScalarLayout, event, histogram_values
+from instrument.record.wire import ScalarLayout, event_parts, histogram_values
 from instrument.record.writer import sink_for
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -51,7 +51,7 @@ def record_of(tensors: list[torch.Tensor], section: str, step: int = 7) -> StepR
 def packed(record: StepRecord) -> Event:
     tags, numbers = scalar_values(record, set())
     parts = [ScalarLayout(tags).values(numbers), *map(histogram_values, histogram_slices(record))]
-    return Event.FromString(event(record.wall_time, record.step, parts))
+    return Event.FromString(b"".join(event_parts(record.wall_time, record.step, parts)))
 
 
 @pytest.mark.parametrize("section", ["Parameters", "Gradients"])
@@ -112,7 +112,7 @@ def test_scalars_are_packed_as_protobuf_packs_them(rows: list[tuple[str, float, 
 @pytest.mark.parametrize("step", [0, 1, 127, 128, 300, 2**31, 2**62])
 def test_steps_of_any_size_are_packed(step: int) -> None:
     """An event's step is what protobuf reads back, however many bytes it takes."""
-    found = Event.FromString(event(0.25, step, []))
+    found = Event.FromString(b"".join(event_parts(0.25, step, [])))
     assert (found.step, found.wall_time) == (step, 0.25)
 
 

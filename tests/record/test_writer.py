@@ -303,9 +303,9 @@ def test_a_slow_disk_does_not_hold_up_the_training_thread(tmp_path: Path, monkey
 
     written = EventFile.write
 
-    def slow(self: EventFile, event: bytes) -> None:
+    def slow(self: EventFile, *parts: bytes) -> None:
         time.sleep(0.2)
-        written(self, event)
+        written(self, *parts)
 
     monkeypatch.setattr(EventFile, "write", slow)
     model = mlp()

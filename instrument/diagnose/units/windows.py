@@ -30,9 +30,6 @@ __all__ = ["CONSTANT_RANGE", "RARE_RATE", "UnitWindows"]
 CONSTANT_RANGE = 1e-6
 """Range of a constant unit, of the root mean square of its layer: a few units in the last place of float32."""
 
-MERGE_AFTER = 8
-"""Tallies that are kept apart before they are merged; the history keeps the records that they belong to longer."""
-
 PARTS = 4
 """Parts of a window; one that is full pushes out the oldest."""
 
@@ -41,39 +38,63 @@ RARE_RATE = 0.01
 
 
 class _Span:
-    """Tallies of some steps; they are merged by and by, since merging two costs as much as merging eight."""
+    """What the tallies of some steps make together; arrays are made anew, so that what was given out stays."""
+
+    __slots__ = (
+        "_again", "_counted", "_dead", "_flat", "_high", "_last", "_low", "_never", "_squares", "batches", "first_step",
+        "last_step", "samples",
+    )  # fmt: skip
 
     def __init__(self, step: int, tally: UnitTally) -> None:
         self.first_step = self.last_step = step
         self.samples = tally.samples
         self.batches = tally.batches
-        self._tallies = [tally]
+        self._counted = tally.counted
+        self._squares = tally.square_mean * tally.samples
+        self._low, self._high, self._flat = tally.low, tally.high, tally.flat
+        self._dead, self._never = tally.dead_flat, tally.never_flat
+        self._last = tally
         self._again = 0
 
     def add(self, step: int, tally: UnitTally) -> None:
-        """Add the tally of a later step."""
+        """Add the tally of a later step, of the same units."""
         self.last_step = step
         self.samples += tally.samples
         self.batches += tally.batches
-        if tally is self._tallies[-1]:  # most gradients have no row of zeros, and share one tally
+        if tally is self._last:  # most gradients have no row of zeros, and share one tally
             self._again += 1
             return
         self._count_again()
-        self._tallies.append(tally)
-        if len(self._tallies) > MERGE_AFTER:
-            self._tallies = [self.tally]
+        self._counted += tally.counted
+        self._squares += tally.square_mean * tally.samples
+        self._low, self._high = np.minimum(self._low, tally.low), np.maximum(self._high, tally.high)
+        if tally.counted:
+            self._flat = self._flat + tally.flat
+        # Tallies that tell of the range alone share their flags.
+        if tally.dead_flat is not self._dead:
+            self._dead = self._dead & tally.dead_flat
+        if tally.never_flat is not self._never:
+            self._never = self._never & tally.never_flat
+        self._last = tally
 
     @property
     def tally(self) -> UnitTally:
-        """All of them merged."""
+        """All of them merged; see `merge_tallies`."""
         self._count_again()
-        self._tallies = [merge_tallies(self._tallies)]
-        return self._tallies[0]
+        last = self._last
+        square_mean = self._squares / self.samples if self.samples else 0.0
+        return UnitTally(
+            last.function, self.samples, self.batches, self._low, self._high, self._counted, self._flat, self._dead,
+            self._never, square_mean, last.witness,
+        )  # fmt: skip
 
     def _count_again(self) -> None:
         """Have the last tally stand for all the times that it came."""
         if self._again:
-            self._tallies[-1] = self._tallies[-1].repeated(self._again + 1)
+            last = self._last
+            self._counted += self._again * last.counted
+            self._squares += self._again * last.square_mean * last.samples
+            self._flat = self._flat + self._again * last.flat
             self._again = 0
 
 

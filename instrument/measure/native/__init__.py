@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from instrument.measure.native.drawing import histogram_entries, histograms_of, log10_histograms_of
 from instrument.measure.native.library import is_there
+from instrument.measure.native.packing import packed, unpacked
 from instrument.measure.native.sketches import (
     address_of,
     can_measure,
@@ -33,10 +34,12 @@ __all__ = [
     "histograms_of",
     "is_there",
     "log10_histograms_of",
+    "packed",
     "ranges_of",
     "ranges_of_many",
     "sketch_of",
     "sketches_of",
+    "unpacked",
     "zero_rows_in",
     "zero_rows_of",
 ]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["SHORT", "functions", "is_there"]
 
-_INTERFACE = 6
+_INTERFACE = 7
 """Raised with every change to a signature in `engine.c`: an object built of an older one would write anywhere."""
 
 SHORT = 32_768
@@ -34,6 +34,8 @@ class _Functions(NamedTuple):
     magnitudes: Any
     ranges_of_many: Any
     zero_rows_in: Any
+    pack: Any
+    unpack: Any
 
 
 class _Library(NamedTuple):
@@ -74,6 +76,8 @@ def _functions(library: ctypes.CDLL) -> _Functions:
         library.instrument_magnitudes,
         library.instrument_ranges_of_many,
         library.instrument_zero_rows_in,
+        library.instrument_pack,
+        library.instrument_unpack,
     )
     values, cube = (_pointer, _kind), (_number, _number, _number)
     functions.accumulate.argtypes = (*values, _number, _number, _pointer, _pointer, _pointer)
@@ -100,6 +104,10 @@ def _functions(library: ctypes.CDLL) -> _Functions:
     functions.ranges_of_many.restype = None
     functions.zero_rows_in.argtypes = (*values, _number, *[_pointer] * 5)
     functions.zero_rows_in.restype = None
+    functions.pack.argtypes = (_number, *[_pointer] * 4)
+    functions.pack.restype = ctypes.c_int64
+    functions.unpack.argtypes = (_number, *[_pointer] * 4)
+    functions.unpack.restype = None
     return functions
 
 
