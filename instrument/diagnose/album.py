@@ -23,7 +23,7 @@ PROFILES = {"activations": "rms of activations by depth", "gradients": "rms of g
 PROFILE_STATISTIC = "by_depth"
 PROFILE_NAME = "rms"
 
-AT_ONCE = 16
+AT_ONCE = 8
 """Unit maps that are drawn after one flush, unless the training is over: those of hundreds of layers take seconds."""
 
 

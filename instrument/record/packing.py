@@ -20,7 +20,8 @@ from instrument.measure.columns import Sketches
 from instrument.measure.histogram import FloatArray, IntArray
 from instrument.measure.pending import Pending, Source, gathered, item_at
 from instrument.measure.sketch import Sketch
-from instrument.record.statistics import statistics_of, yield_lock
+from instrument.record.statistics import statistics_of
+from instrument.record.turns import yield_lock
 
 __all__ = ["PART", "SketchStore"]
 

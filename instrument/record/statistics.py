@@ -6,31 +6,19 @@ for the event file and the diagnoses anew, took 20 us a sketch and step; columns
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 
 from instrument.measure.columns import Sketches
 from instrument.measure.histogram import FloatArray
 from instrument.record.tags import COUNTS, STATISTICS
 
-__all__ = ["COLUMNS", "SLICE", "statistics_of", "yield_lock"]
+__all__ = ["COLUMNS", "SLICE", "statistics_of"]
 
 COLUMNS = (*STATISTICS, *COUNTS)
 """What the columns of `statistics_of` are."""
 
 SLICE = 256
 """Tensors for which Python makes objects before others may have the lock: a few microseconds each."""
-
-BREATH_SECONDS = 5e-5
-
-
-def yield_lock() -> None:
-    """Let another thread have the interpreter lock, which a thread otherwise keeps for 5 ms where it can.
-
-    To sleep no time at all would give the lock up and take it again before anybody has woken.
-    """
-    time.sleep(BREATH_SECONDS)
 
 
 def statistics_of(sketches: Sketches) -> FloatArray:

@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from instrument.measure import native
 from instrument.measure.histogram import FloatArray, IntArray
-from instrument.record.statistics import SLICE, yield_lock
+from instrument.record.statistics import SLICE
+from instrument.record.turns import yield_lock
 from instrument.record.values import HistogramSlice
 
 __all__ = ["ScalarLayout", "event_parts", "histogram_values"]

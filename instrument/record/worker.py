@@ -14,11 +14,16 @@ import time
 from collections.abc import Callable
 
 from instrument.errors import warn_quietly
+from instrument.record.turns import TURNS, wait_by
 
 __all__ = ["Worker"]
 
 MAX_PENDING_BYTES = 256 << 20
 """Jobs that wait may hold this much; beyond, new ones are given up and counted."""
+
+
+AT_LEISURE = 4
+"""Jobs that may wait before the worker waits for nobody: those of two steps."""
 
 
 class Worker:
@@ -97,6 +102,7 @@ class Worker:
         """
         if not self.is_ours or self.is_current:
             return False
+        TURNS.end()
         if self._thread is None or not self._thread.is_alive():
             self._drain()
             return True
@@ -122,11 +128,18 @@ class Worker:
         return done
 
     def _run(self) -> None:
+        wait_by(self._wait)
         while True:
             item = self._queue.get()
             if item is None:
                 return
+            self._wait()
             self._do(*item)
+
+    def _wait(self) -> None:
+        """Leave the interpreter lock to a forward pass, unless much is to be done."""
+        if self._queue.qsize() <= AT_LEISURE:
+            TURNS.wait()
 
     def _drain(self) -> None:
         with self._draining:

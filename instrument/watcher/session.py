@@ -5,8 +5,7 @@ selected modules; what they and the parameters yield is measured at once, buffer
 the step is over. That is when the next one starts, since only then is it certain that no second optimizer has yet
 to make its part of it.
 
-Everything that runs inside a hook is guarded: a fault is told once, that site is switched off, and training goes
-on.
+Everything that runs inside a hook is guarded: a fault is told once, that site is switched off, training goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from instrument.capture.steps import StepClock
 from instrument.config import Config
 from instrument.measure.pending import ALONE
 from instrument.record.buffer import StepRecord
+from instrument.record.turns import TURNS
 from instrument.torch_private import calling_scale
 from instrument.watcher.budget import Budget, Meter, MeteredSteps, MeteredTaps
 from instrument.watcher.collector import Collector, Pairs
@@ -75,15 +75,14 @@ class Session:
         meter = Meter() if config.budget else None
         self._budget = Budget(config.budget, self.schedule.scalar_interval, meter, written) if meter else None
         self._drawn: int | None = None
-        self._is_guess = False
-        self._emit = emit
+        self._is_guess, self._emit = False, emit
         self._initial_step = initial_step
         self._running: set[int] = set()
         self._silent_backwards = 0
         self._are_calls_checked = False
         self._inside_graph: dict[str, None] = {}
-        told = MeteredSteps(meter, self) if meter else self
-        self.clock = StepClock(self.collector.every_parameter, told, initial_step, optimizer)
+        listener = MeteredSteps(meter, self) if meter else self
+        self.clock = StepClock(self.collector.every_parameter, listener, initial_step, optimizer)
         self._stance = EagerStance() if config.compiled == "eager" else None
         always_tell = self._stance is not None
         self.taps = MeteredTaps(meter, model, self, always_tell) if meter else Taps(model, self, always_tell)
@@ -100,6 +99,7 @@ class Session:
         """The root is called; returns whether modules are to be captured in this pass."""
         if self.is_elsewhere():
             return False
+        TURNS.begin()
         try:
             self.collector.units.pass_starts()
             if training:
@@ -119,6 +119,7 @@ class Session:
 
     def forward_ends(self, has_failed: bool) -> None:
         """The root has returned, or an exception has left it."""
+        TURNS.end()
         if self._stance is not None:
             self._stance.root_ends(has_failed)
 

@@ -19,13 +19,12 @@ from instrument.measure.slopes import Slopes
 from instrument.measure.units.reduce import (
     Extent,
     living_rows,
-    scale_steps,
-    sides,
     tally_of_range,
     tally_plain,
     tally_rows,
     zero_rows,
 )
+from instrument.measure.units.shape import scale_steps, sides
 from instrument.measure.units.tally import UnitTally
 
 __all__ = ["LateTallies", "LateTally"]

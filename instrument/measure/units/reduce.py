@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -28,16 +27,15 @@ from instrument.measure import native
 from instrument.measure.histogram import FloatArray, IntArray
 from instrument.measure.slopes import Slopes, Tails
 from instrument.measure.tensors import whole
+from instrument.measure.units.on_device import tally_on_device
+from instrument.measure.units.shape import COUNTED, SCALE_SAMPLE, cube_of, scale_steps, sides
 from instrument.measure.units.tally import BoolArray, DeviceTally, UnitTally
 
 __all__ = [
     "Extent",
     "extent_of",
     "living_rows",
-    "scale_steps",
-    "sides",
     "tally_of_range",
-    "tally_on_device",
     "tally_plain",
     "tally_rows",
     "tally_units",
@@ -59,17 +57,11 @@ WIDTH = 2048
 LONG = 128
 """Positions of an image from which on it is reduced by itself: NumPy is quick along rows that are long."""
 
-COUNTED = 64
-"""Samples of one call, at most, whose flatness is counted; their number fits into a byte."""
-
 COUNTED_IMAGES = 16
 """The same for images, of which every position is looked at."""
 
 GLANCE = 8
 """Elements of each row of a gradient that are looked at first."""
-
-SCALE_SAMPLE = 4096
-"""Values of which the mean square is taken: it is a scale, and no statistic that anybody sees."""
 
 
 class Extent(NamedTuple):
@@ -126,15 +118,6 @@ def _dense(tensor: torch.Tensor, axis: int) -> tuple[torch.Tensor, tuple[int, in
         return None
     last = tensor.movedim(axis, -1)
     return (last, (samples * positions, units, 1)) if native.can_measure(last) else None
-
-
-@functools.lru_cache(maxsize=4096)
-def scale_steps(samples: int, units: int, positions: int) -> tuple[int, int, int]:
-    """Of how many samples, units and positions one is looked at for the scale: `SCALE_SAMPLE` values or fewer."""
-    every = max(1, samples // 8)
-    across = math.ceil(units * positions * math.ceil(samples / every) / SCALE_SAMPLE)
-    along = min(across, max(1, positions // 8))
-    return every, math.ceil(across / along), along
 
 
 def tally_units(tensor: torch.Tensor, axis: int, slopes: Slopes | None) -> UnitTally | DeviceTally:
@@ -278,60 +261,9 @@ def _row_tally(alive: BoolArray, samples: int) -> UnitTally:
     return UnitTally(None, samples, 1, low, -low, 1, flat.astype(np.int64), flat, never_flat, math.nan, "gradient rows")
 
 
-def tally_on_device(tensor: torch.Tensor, axis: int, slopes: Slopes | None) -> DeviceTally:
-    """`tally_units` by operations of torch alone, of which none waits for the device; every sample is counted.
-
-    Args:
-        tensor: As `whole` gives it, with at least one element.
-        axis: As in `tally_units`.
-        slopes: As in `tally_units`.
-
-    Returns:
-        What will give the tally.
-    """
-    cube = _cube(tensor, axis)
-    # Counts below 16 million are exact in float32, and not every device has float64.
-    dtype = torch.float64 if tensor.dtype is torch.float64 else torch.float32
-    # One kernel for both extremes where it can be had: each launch takes the training thread 10 us.
-    extremes = cube[:, :, 0].aminmax(dim=0) if cube.shape[2] == 1 else (cube.amin((0, 2)), cube.amax((0, 2)))
-    sample = cube[::COUNTED]
-    norm = torch.linalg.vector_norm(sample, dtype=dtype)
-    found = [torch.stack(tuple(extremes)).to(dtype), norm.expand(1, cube.shape[1])]
-    if slopes is not None:
-        is_flat, is_dead = (((cube <= t.low) | (cube >= t.high)).all(2) for t in (slopes.flat, slopes.dead))
-        found.append(torch.stack((is_flat.sum(0), is_dead.all(0))).to(dtype))
-    samples, sampled = len(cube), sample.numel()
-    return DeviceTally(torch.cat(found), lambda numbers: _unpacked(numbers, slopes, samples, sampled))
-
-
-def _unpacked(numbers: npt.NDArray[np.floating[Any]], slopes: Slopes | None, samples: int, sampled: int) -> UnitTally:
-    """The tally of what `tally_on_device` packed: lows, highs, norm of a sample, and flat and dead where judged."""
-    low, high, norm, *judged = numbers.astype(np.float64)
-    squares = norm**2 / sampled
-    units = low.size
-    never = np.zeros(units, np.bool_)
-    if slopes is None:
-        return UnitTally(None, samples, 1, low, high, 0, np.zeros(units, np.int64), never, never, squares[0])
-    if slopes.is_piecewise_linear:
-        never = (low > slopes.flat.low) & (high < slopes.flat.high)
-    flat, dead = judged[0].astype(np.int64), judged[1] > 0
-    return UnitTally(slopes.function, samples, 1, low, high, samples, flat, dead, never, float(squares[0]))
-
-
-def sides(shape: Sequence[int], axis: int) -> tuple[int, int, int]:
-    """How many samples, units and positions a tensor of a shape has, whose units are of this dimension."""
-    shape = tuple(shape)  # parts of a `torch.Size` take a microsecond each
-    return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
-
-
-def _cube(tensor: torch.Tensor, axis: int) -> torch.Tensor:
-    """The tensor as samples, units and positions, of shape (s, u, p); a view wherever possible."""
-    return tensor.reshape(sides(tensor.shape, axis))
-
-
 def _values(tensor: torch.Tensor, axis: int) -> _Values:
     """The same as `_host` gives it."""
-    return _host(_cube(tensor, axis))
+    return _host(cube_of(tensor, axis))
 
 
 def _host(tensor: torch.Tensor) -> _Values:
