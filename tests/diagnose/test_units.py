@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from instrument.config import Config
 from instrument.diagnose.units import UnitStatus, UnitWindows, decode, encode
+from instrument.diagnose.units.windows import _Span
 from instrument.errors import RunError
 from instrument.measure.slopes import slopes_named
-from instrument.measure.units import UnitTally, tally_rows, tally_units
+from instrument.measure.units import UnitTally, merge_tallies, tally_rows, tally_units
 from instrument.record.buffer import StepRecord
 
 DEAD, ALIVE = -1.0, 1.0
@@ -248,3 +249,41 @@ def test_torn_statuses(data: bytes) -> None:
     """What is no status is refused with one clear error."""
     with pytest.raises(RunError, match="statuses of units cannot be read"):
         decode(data)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_a_span_is_the_tallies_of_its_steps_merged(data: st.DataObject) -> None:
+    """However often the same tally comes in a row, and whatever a span was asked for meanwhile, it is all merged."""
+    function = data.draw(st.sampled_from([None, "relu", "tanh"]))
+    seeds = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=12))
+    made: dict[int, UnitTally] = {}
+    for seed in seeds:
+        z = torch.randn((seed + 1, 5), generator=torch.Generator().manual_seed(seed))
+        z[:, 1] -= 4.0
+        tally = tally_units(z, 1, slopes_named(function) if function else None)
+        assert isinstance(tally, UnitTally)
+        made.setdefault(seed, tally)
+    tallies = [made[seed] for seed in seeds]
+    span = _Span(0, tallies[0])
+    for step, tally in enumerate(tallies[1:], 1):
+        if data.draw(st.booleans()):
+            before = span.tally
+            kept = (before.low.copy(), before.flat.copy(), before.dead_flat.copy())
+            span.add(step, tally)
+            assert all(
+                (one == other).all()
+                for one, other in zip(kept, (before.low, before.flat, before.dead_flat), strict=True)
+            )
+        else:
+            span.add(step, tally)
+    found, expected = span.tally, merge_tallies(tallies)
+    assert (found.samples, found.batches, found.counted) == (expected.samples, expected.batches, expected.counted)
+    assert (found.function, found.witness, span.last_step) == (expected.function, expected.witness, len(seeds) - 1)
+    for one, other in zip(
+        (found.low, found.high, found.flat, found.dead_flat, found.never_flat),
+        (expected.low, expected.high, expected.flat, expected.dead_flat, expected.never_flat),
+        strict=True,
+    ):
+        assert one.tolist() == other.tolist()
+    assert found.square_mean == pytest.approx(expected.square_mean, rel=1e-12)

@@ -11,11 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instrument.measure.batch import measure_later
+from instrument.capture.names import Site
+from instrument.measure.batch import Batch, measure_later
 from instrument.measure.columns import Sketches
 from instrument.measure.custom_op import measure
 from instrument.measure.pending import gathered
 from instrument.measure.sketch import Sketch
+from instrument.record.buffer import Buffer, StepRecord
 
 VALUES = st.lists(st.one_of(st.sampled_from([0.0, -0.0, float("nan"), float("inf"), 1e-45]), st.floats(width=32)))
 TENSORS = st.lists(VALUES, max_size=7)
@@ -70,3 +72,43 @@ def test_what_was_measured_together_and_alone_is_gathered_in_order(seed: int) ->
         assert (sketch.codes.tolist(), sketch.counts.tolist()) == (expected.codes.tolist(), expected.counts.tolist())
         assert (sketch.count, sketch.low, sketch.high) == (expected.count, expected.low, expected.high)
         assert (sketch.nan_count, sketch.zero_count) == (expected.nan_count, expected.zero_count)
+
+
+def test_a_step_is_gathered_from_places_objects_and_merged_parts() -> None:
+    """Small and large tensors, tensors that came alone and sites that came twice, in the order of the sites.
+
+    Whether all are asked for together, one by one, or as what will give them.
+    """
+    generator = torch.Generator().manual_seed(3)
+    sizes = (5, 20_000, 7, 300, 9000, 64)
+    tensors = [torch.randn(size, generator=generator) for size in sizes]
+    tensors[3] = tensors[3].bfloat16()
+    twice = torch.randn(11, generator=generator)
+
+    def record() -> StepRecord:
+        buffer, batch = Buffer(2), Batch()
+        buffer.open(4)
+        buffer.add(Site("activations", "own"), *batch.put(twice))
+        buffer.add_column([Site("gradients", str(number)) for number in range(6)], measure_later(tensors))
+        buffer.add_column([Site("parameters", str(number)) for number in range(3)], measure_later(tensors[:3]))
+        buffer.add(Site("gradients", "2"), *batch.put(twice))
+        buffer.add_column([Site("gradients", "0"), Site("updates", "0")], measure_later([twice, twice]))
+        closed = buffer.close()
+        assert closed is not None
+        return closed
+
+    merged = {"Gradients/0": tensors[0], "Gradients/2": tensors[2]}
+    parts: dict[str, list[torch.Tensor]] = {"Activations/own": [twice]}
+    parts |= {f"Gradients/{number}": [tensor] for number, tensor in enumerate(tensors)}
+    parts |= {tag: [tensor, twice] for tag, tensor in merged.items()}
+    parts |= {f"Parameters/{number}": [tensors[number]] for number in range(3)} | {"Updates/0": [twice]}
+    alone, together, loose = record(), record(), record()
+    assert list(alone) == list(together) == list(parts)
+    columns = list(together.columns())
+    given = StepRecord(4, loose._sketches.as_they_are(), 0.0)
+    for place, (tag, values) in enumerate(parts.items()):
+        expected = measure(values[0]).merge(*map(measure, values[1:]))
+        for found in (alone[tag], columns[place], together[tag], given[tag]):
+            assert found.codes.tolist() == expected.codes.tolist(), tag
+            assert found.counts.tolist() == expected.counts.tolist()
+            assert (found.count, found.low, found.high) == (expected.count, expected.low, expected.high)

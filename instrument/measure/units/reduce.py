@@ -255,6 +255,8 @@ def _row_tally(alive: BoolArray, samples: int) -> UnitTally:
     """The tally of one gradient, of which rows are alive."""
     if not alive.any():
         return zero_rows(alive.size)
+    if alive.all():
+        return living_rows(alive.size, samples)
     low = np.full(alive.size, -math.inf)
     flat = np.logical_not(alive)
     never_flat = np.zeros(alive.size, np.bool_)

@@ -1,0 +1,129 @@
+"""Tallies that are worked out when small tensors are measured together are those that are made at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from instrument.measure.batch import Batch, Column, measure_later
+from instrument.measure.groups import ArrivingGroup
+from instrument.measure.slopes import slopes_named
+from instrument.measure.units import LateTallies, UnitTally, tally_rows, tally_units
+from instrument.torch_private import Unseen
+
+pytestmark = pytest.mark.usefixtures("engine")
+
+SHAPES: list[tuple[tuple[int, ...], int]] = [
+    ((7, 5), 1), ((1, 300), 1), ((130, 16), 1), ((4, 10, 6), 2), ((6, 5, 4, 3), 1), ((2, 3, 40, 30), 1), ((9,), 0)
+]  # fmt: skip
+FUNCTIONS = [None, "relu", "tanh"]
+
+
+def assert_same(found: UnitTally, expected: object) -> None:
+    assert isinstance(expected, UnitTally)
+    for field in dataclasses.fields(UnitTally):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        if isinstance(one, np.ndarray):
+            assert one.dtype == other.dtype, field.name
+            np.testing.assert_array_equal(one, other, field.name)
+        elif field.name == "square_mean":
+            assert one == pytest.approx(other, rel=1e-12, nan_ok=True)
+        else:
+            assert one == other, field.name
+
+
+def values(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal values, some units of which are shifted far to either side, and one NaN in every third tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.randn(shape, generator=generator)
+    if seed % 3 == 0:
+        found.view(-1)[-1] = float("nan")
+    found[..., ::2] += 5.0 * (seed % 2) - 2.5
+    return found.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_units_are_tallied_as_at_once(dtype: torch.dtype) -> None:
+    """Of tensors of every shape, with a nonlinearity and without, in a row and not, changed after they were added."""
+    batch = Batch()
+    waiting, expected = [], []
+    for seed in range(3):
+        for shape, axis in SHAPES:
+            for function in FUNCTIONS:
+                tensor = values(shape, seed, dtype)
+                if seed == 2 and tensor.dim() == 2:
+                    tensor = values(shape[::-1], seed, dtype).t()
+                slopes = slopes_named(function) if function else None
+                with Unseen():
+                    expected.append(tally_units(tensor, axis, slopes))
+                group, place = batch.put(tensor)
+                assert isinstance(group, ArrivingGroup)
+                number = group.tally(place, tuple(tensor.shape), axis, slopes)
+                assert number is not None
+                waiting.append((group, number))
+                tensor.zero_()
+    for (group, number), other in zip(waiting, expected, strict=True):
+        assert_same(group.made(number), other)
+        assert isinstance(other, UnitTally)
+        assert group.samples_of(number) == other.samples == group.late(number).samples
+        assert_same(group.late(number).fetch(), other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("zeros", [(), (0,), (2, 3), (0, 1, 2, 3, 4)])
+def test_rows_of_gradients_are_tallied_as_at_once(zeros: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of gradients without a row of zeros, with some, of zeros alone: a negative zero is one, a NaN is none."""
+    gradients = [values((5, 8), seed, dtype) for seed in range(4)] + [torch.ones(5, 2, 2, 3, dtype=dtype)]
+    for gradient in gradients:
+        for row in zeros:
+            gradient[row] = -0.0 if row % 2 else 0.0
+    column, waiting = Column(), []
+
+    def handed_over() -> Iterator[torch.Tensor]:
+        for gradient in gradients:
+            yield gradient
+            found = column.rows_of_last(len(gradient), 64)
+            assert found is not None
+            waiting.append(found)
+
+    measure_later(handed_over(), column=column)
+    with Unseen():
+        expected = [tally_rows(gradient, 0, 64) for gradient in gradients]
+    for gradient in gradients:
+        gradient.fill_(1.0)
+    for (group, number), other in zip(waiting, expected, strict=True):
+        assert_same(group.made(number), other)
+    if not zeros:
+        assert waiting[0][0].made(waiting[0][1]) is waiting[1][0].made(waiting[1][1])
+
+
+def test_what_is_measured_already_is_tallied_at_once_by_whoever_asks() -> None:
+    """Once the values are gone, a group takes no more wishes, and tensors that are measured alone never do."""
+    batch = Batch()
+    group, place = batch.put(torch.ones(3, 2))
+    assert isinstance(group, ArrivingGroup)
+    group.sketches()
+    assert group.tally(place, (3, 2), 1, None) is None
+    assert group.rows(place, 3, 1) is None
+    column = measure_later([torch.ones(100, 100)])
+    assert column.rows_of_last(100, 1) is None
+
+
+def test_a_tally_that_fails_leaves_the_sketches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in one is told to those who ask for tallies, and the sketches of the group are there."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("deliberate")
+
+    group, place = Batch().put(torch.ones(3, 2))
+    assert isinstance(group, ArrivingGroup)
+    number = group.tally(place, (3, 2), 1, None)
+    assert number is not None
+    monkeypatch.setattr(LateTallies, "make", broken)
+    with pytest.raises(ZeroDivisionError, match="deliberate"):
+        group.made(number)
+    assert group.sketches()[place].mean == 1.0
