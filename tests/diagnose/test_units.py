@@ -271,10 +271,8 @@ def test_a_span_is_the_tallies_of_its_steps_merged(data: st.DataObject) -> None:
             before = span.tally
             kept = (before.low.copy(), before.flat.copy(), before.dead_flat.copy())
             span.add(step, tally)
-            assert all(
-                (one == other).all()
-                for one, other in zip(kept, (before.low, before.flat, before.dead_flat), strict=True)
-            )
+            after = (before.low, before.flat, before.dead_flat)
+            assert all((one == other).all() for one, other in zip(kept, after, strict=True))
         else:
             span.add(step, tally)
     found, expected = span.tally, merge_tallies(tallies)
