@@ -161,31 +161,35 @@ def measure_later(
     waiting: dict[tuple[torch.device, torch.dtype], _Waiting] = {}
     hides = can_hide()
     with Unseen():
-        for tensor in tensors:
-            try:
-                size, address = small(tensor) if hides else (0, 0)
-                if size:
-                    group, first = groups.get(tensor.dtype, (None, 0))
-                    if group is None or group.is_full:
-                        if group is not None:
-                            group.copy()
-                        group, first = groups[tensor.dtype] = GatheredGroup(), len(every_group) * GROUP
-                        every_group.append(group)
-                    found.append(first + group.add(tensor, size, address))
-                elif _is_launched_with_others(tensor):
-                    together = waiting.setdefault((tensor.device, tensor.dtype), _Waiting())
-                    together.add(len(found), tensor)
-                    found.append(_NOT_LAUNCHED)
-                    if len(together) >= _MOST_TOGETHER or (are_made_for_us and together.elements >= _MOST_ELEMENTS):
-                        together.launch(devices, found)
-                else:
-                    found.append(_measure_large(tensor, sample_above, devices))
-            except Exception as error:
-                found.append(error)
-        for together in waiting.values():
-            together.launch(devices, found)
-        for group, _ in groups.values():
-            group.copy()
+        try:
+            for tensor in tensors:
+                try:
+                    size, address = small(tensor) if hides else (0, 0)
+                    if size:
+                        group, first = groups.get(tensor.dtype, (None, 0))
+                        place = group.add(tensor, size, address) if group is not None and not group.is_full else None
+                        while group is None or place is None:
+                            if group is not None:
+                                group.copy()
+                            group, first = groups[tensor.dtype] = GatheredGroup(), len(every_group) * GROUP
+                            every_group.append(group)
+                            place = group.add(tensor, size, address)
+                        found.append(first + place)
+                    elif _is_launched_with_others(tensor):
+                        together = waiting.setdefault((tensor.device, tensor.dtype), _Waiting())
+                        together.add(len(found), tensor)
+                        found.append(_NOT_LAUNCHED)
+                        if len(together) >= _MOST_TOGETHER or (are_made_for_us and together.elements >= _MOST_ELEMENTS):
+                            together.launch(devices, found)
+                    else:
+                        found.append(_measure_large(tensor, sample_above, devices))
+                except Exception as error:
+                    found.append(error)
+            for together in waiting.values():
+                together.launch(devices, found)
+        finally:  # where the tensors could not be made, those before are somebody else's again
+            for group, _ in groups.values():
+                group.copy()
     return column
 
 

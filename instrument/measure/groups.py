@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import threading
 
 import numpy as np
@@ -102,7 +103,7 @@ class Later:
 class _Measured:
     """What is common to groups however tensors come."""
 
-    __slots__ = ("_fault", "_flat", "_found", "_lengths", "_lock", "_size", "_wanted", "is_full")
+    __slots__ = ("_flat", "_found", "_lengths", "_lock", "_size", "_wanted", "is_full")
 
     def __init__(self) -> None:
         self.is_full = False
@@ -112,7 +113,6 @@ class _Measured:
         self._flat: torch.Tensor | None = None
         self._found: Sketches | Exception | None = None
         self._wanted = LateTallies()
-        self._fault: Exception | None = None
         self._lock = threading.RLock()  # a finalizer may ask in the middle of our own calls
 
     def _note(self, size: int) -> int:
@@ -132,22 +132,21 @@ class _Measured:
             with self._lock, Unseen():
                 if self._found is None:
                     self.is_full = True
-                    try:
-                        flat, lengths = self._values(), np.array(self._lengths, np.int64)
-                        self._make_tallies(flat, lengths)
-                        self._found = _measured_together(flat, lengths)
-                    except Exception as error:
-                        self._found = error
+                    found = self._measured()
+                    if self._found is None:  # else a finalizer that ran meanwhile has asked as well
+                        self._found = found
                     self._flat = None
         if isinstance(self._found, Exception):
             raise self._found
         return self._found
 
-    def _make_tallies(self, flat: torch.Tensor, lengths: IntArray) -> None:
+    def _measured(self) -> Sketches | Exception:
         try:
+            flat, lengths = self._values(), np.array(self._lengths, np.int64)
             self._wanted.make(flat, np.cumsum(lengths) - lengths)
+            return _measured_together(flat, lengths)
         except Exception as error:
-            self._fault = error
+            return error
 
     def sketches(self) -> Sketches:
         """The same as `measured`."""
@@ -167,10 +166,13 @@ class _Measured:
             slopes: Likewise.
 
         Returns:
-            The number under which `made` gives the tally; None where the tensor was measured already.
+            The number under which `made` gives the tally; None where the tensor was measured already, or has another
+            number of elements than when it was copied.
         """
         with self._lock:
-            return self._wanted.add(place, shape, axis, slopes) if self._found is None else None
+            if self._found is not None or math.prod(shape) != self._lengths[place]:
+                return None
+            return self._wanted.add(place, shape, axis, slopes)
 
     def rows(self, place: int, rows: int, samples: int) -> int | None:
         """The same of the rows of a gradient that are zero.
@@ -201,9 +203,13 @@ class _Measured:
         if self._found is None:
             with contextlib.suppress(Exception):  # the sketches may have failed, and the tallies not
                 self.measured()
-        if self._fault is not None:
-            raise self._fault
-        return self._wanted.found(number)
+        made = self._wanted.found(number)
+        if made is None and isinstance(self._found, Exception):
+            made = self._found
+        if isinstance(made, Exception):
+            raise made
+        assert made is not None
+        return made
 
     def _values(self) -> torch.Tensor:
         """All values, one tensor behind the other."""
@@ -220,15 +226,18 @@ class GatheredGroup(_Measured):
         self._tensors: list[torch.Tensor] = []
         self._addresses: list[int] = []
 
-    def add(self, tensor: torch.Tensor, size: int, address: int) -> int:
-        """Take a tensor in, of which `small` told size and address; returns its place."""
+    def add(self, tensor: torch.Tensor, size: int, address: int) -> int | None:
+        """Take a tensor in, of which `small` told size and address; returns its place, None where all is measured."""
         self._tensors.append(tensor)
         self._addresses.append(address)
-        return self._note(size)
+        place = self._note(size)
+        return place if self._found is None else None
 
     def copy(self) -> None:
-        """Copy the values, so that the tensors are no longer needed; call it under `Unseen`."""
+        """Copy the values, where that was not done, so that the tensors are needed no more; call it under `Unseen`."""
         self.is_full = True
+        if self._flat is not None or self._found is not None:
+            return
         if native.is_there() and 0 not in self._addresses:
             lengths = np.array(self._lengths, np.int64)
             self._flat = native.gathered(self._addresses, lengths, self._tensors[0].dtype)
@@ -246,13 +255,14 @@ class GatheredGroup(_Measured):
 class ArrivingGroup(_Measured):
     """Tensors that come one by one, perhaps from several threads: each is copied at once."""
 
-    __slots__ = ("_address", "_itemsize")
+    __slots__ = ("_address", "_is_busy", "_itemsize")
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self._flat = torch.empty(BLOCK, dtype=dtype)
         self._address = self._flat.data_ptr()
         self._itemsize = _SIZES[dtype]
+        self._is_busy = False
 
     def add(self, tensor: torch.Tensor, size: int, address: int) -> int | None:
         """Copy a tensor of which `small` told size and address; call it under `Unseen`.
@@ -261,15 +271,20 @@ class ArrivingGroup(_Measured):
             Its place; None where the group is full or measured already.
         """
         with self._lock:
-            room, start = self._flat, self._size
-            if self.is_full or room is None:
+            room = self._flat
+            if self.is_full or room is None or self._is_busy:
                 return None
-            if address:
-                ctypes.memmove(self._address + start * self._itemsize, address, size * self._itemsize)
-            else:
-                room[start : start + size].view(tensor.shape).copy_(tensor)
-            # A finalizer that ran meanwhile may have asked for what is there.
-            return self._note(size) if self._found is None else None
+            self._is_busy = True  # a finalizer that adds a tensor in the middle of this takes another group
+            try:
+                start = self._size
+                if address:
+                    ctypes.memmove(self._address + start * self._itemsize, address, size * self._itemsize)
+                else:
+                    room[start : start + size].view(tensor.shape).copy_(tensor)
+                # And one may have asked for what is there.
+                return self._note(size) if self._found is None else None
+            finally:
+                self._is_busy = False
 
     def _values(self) -> torch.Tensor:
         assert self._flat is not None

@@ -138,9 +138,13 @@ def gathered(items: Sequence[int | Sketch | Pending], sources: Sequence[Source] 
     order = np.empty(len(items), np.int64)
     alone: list[Sketch] = []
     alone_at: list[int] = []
+    begins: dict[int, int] = {}
     for index, item in enumerate(items):
         if isinstance(item, int):
-            order[index] = parts.start_of(sources[item // stride].sketches()) + item % stride
+            number, place = divmod(item, stride)
+            if number not in begins:  # to ask a source again may make all of its sketches again
+                begins[number] = parts.start_of(sources[number].sketches())
+            order[index] = begins[number] + place
             continue
         found = None if isinstance(item, Sketch) else item.place()
         if found is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,10 +60,6 @@ class _Tallies(Mapping[str, UnitTally]):
 
     def __len__(self) -> int:
         return len(self._parts)
-
-    def items(self) -> ItemsView[str, UnitTally]:
-        """Name and tally of each; the general one of `Mapping` takes as long as to make them."""
-        return {name: self[name] for name in self._parts}.items()
 
     def without(self, names: Iterable[str]) -> _Tallies:
         """Those of other names."""
@@ -300,9 +296,9 @@ class Buffer:
         newest = self.history[-1] if self.history else None
         if newest is not None and not self._has_new_traits and tags == self._last_tags:
             return newest.traits
+        self._has_new_traits, self._last_tags = False, tags  # first: a thread of autograd may note something meanwhile
         known = self.traits
         found = {tag: known[site] for tag, site in zip(tags, sites, strict=True) if site in known}
-        self._has_new_traits, self._last_tags = False, tags
         return newest.traits if newest is not None and newest.traits == found else found
 
     def divide(self, site: Site, scale: float | LateNumber) -> None:
@@ -351,6 +347,7 @@ class Buffer:
         if newest is not None and newest.step == step:
             record = record.without(newest)
             self.history[-1] = newest.joined(record)
+            self._last_tags = ()  # its traits are those of both parts
         else:
             if newest is not None:
                 newest.units = NO_UNITS  # they are large; whoever judges units has a record of its own

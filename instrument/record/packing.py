@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,10 @@ _CACHED = 4
 """Parts that are kept unpacked, of all records together: whoever reads one sketch reads those beside it."""
 
 
+_Loose: TypeAlias = "tuple[dict[str, int | Sketch | Pending], Sequence[Source]]"
+"""Tag to sketch or what will give it, or to its place in the sources."""
+
+
 class SketchStore(Mapping[str, "Sketch"]):
     """Sketches by tag; records of one step share it.
 
@@ -51,20 +56,21 @@ class SketchStore(Mapping[str, "Sketch"]):
         2.0
     """
 
-    __slots__ = ("_loose", "_packed", "_places", "_sketches", "_sources", "_statistics")
+    __slots__ = ("_loose", "_packed", "_places", "_sketches", "_statistics")
 
     def __init__(self, sketches: Mapping[str, int | Sketch | Pending], sources: Sequence[Source] = ()) -> None:
         self._places = _places_of(tuple(sketches))
-        self._loose: dict[str, int | Sketch | Pending] | None = dict(sketches)
-        self._sources = sources
+        # Both in one attribute: another thread may be making columns of them while one is read.
+        self._loose: _Loose | None = dict(sketches), sources
         self._sketches: Sketches | None = None
         self._packed: _Packed | None = None
         self._statistics: FloatArray | None = None
 
     def __getitem__(self, tag: str) -> Sketch:
-        loose, sketches = self._loose, self._sketches  # another thread may be packing
-        if loose is not None:
-            found = self._item(loose[tag])
+        held, sketches = self._loose, self._sketches  # another thread may be packing
+        if held is not None:
+            loose, sources = held
+            found = _item(loose[tag], sources)
             if not isinstance(found, Sketch):
                 found = loose[tag] = found.sketch()
             return found
@@ -81,28 +87,29 @@ class SketchStore(Mapping[str, "Sketch"]):
         return len(self._places)
 
     def __contains__(self, tag: object) -> bool:
-        loose = self._loose
-        return tag in (loose if loose is not None else self._places)
+        held = self._loose
+        return tag in (held[0] if held is not None else self._places)
 
     def as_they_are(self) -> dict[str, Sketch | Pending]:
         """Tag to sketch, or to what will give it, where nobody has read it yet."""
-        loose = self._loose
-        return {tag: self._item(found) for tag, found in loose.items()} if loose is not None else dict(self.items())
-
-    def _item(self, found: int | Sketch | Pending) -> Sketch | Pending:
-        return item_at(found, self._sources) if isinstance(found, int) else found
+        held = self._loose
+        if held is None:
+            return dict(self.items())
+        loose, sources = held
+        return {tag: _item(found, sources) for tag, found in list(loose.items())}
 
     def columns(self) -> Sketches:
         """All sketches, in the order of the tags; they stay so until they are packed."""
-        loose, sketches = self._loose, self._sketches  # in this order: another thread may be doing the same
+        held, sketches = self._loose, self._sketches  # in this order: another thread may be doing the same
         if sketches is not None:
             return sketches
-        if loose is None:
+        if held is None:
             assert self._packed is not None
             return self._packed.unpacked()
-        sketches = gathered(list(loose.values()), self._sources)
+        loose, sources = held
+        sketches = gathered(list(loose.values()), sources)
         self._sketches = sketches
-        self._loose, self._sources = None, ()
+        self._loose = None
         if self._packed is not None:
             self._sketches = None
         return sketches
@@ -122,6 +129,10 @@ class SketchStore(Mapping[str, "Sketch"]):
         if self._packed is None:
             self._packed = _Packed(self.columns())
             self._sketches = None
+
+
+def _item(found: int | Sketch | Pending, sources: Sequence[Source]) -> Sketch | Pending:
+    return item_at(found, sources) if isinstance(found, int) else found
 
 
 @functools.lru_cache(maxsize=8)

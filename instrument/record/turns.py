@@ -21,11 +21,17 @@ PATIENCE_SECONDS = 0.05
 """How long the end of a forward pass is waited for; one that takes longer spends its time in operations, without the
 lock, and one that an exception left never ends."""
 
+GLANCE_SECONDS = 2e-3
+"""How often a writer that waits looks whether the pass has ended."""
+
 BREATH_SECONDS = 5e-5
 
 
 class Turns:
     """A gate that a forward pass closes, and through which a writer passes.
+
+    It is a flag without a lock: a signal handler or a finalizer may flush in the middle of any of these methods, and a
+    process may be forked there.
 
     Example:
         >>> turns = Turns()
@@ -35,21 +41,24 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._is_open = threading.Event()
-        self._is_open.set()
+        self._is_closed = False
 
     def begin(self) -> None:
         """A forward pass begins."""
-        self._is_open.clear()
+        self._is_closed = True
 
     def end(self) -> None:
         """It has ended, or somebody waits for what the writer does."""
-        self._is_open.set()
+        self._is_closed = False
 
     def wait(self) -> None:
         """Wait for the end, at most `PATIENCE_SECONDS` for each pass."""
-        if not self._is_open.wait(PATIENCE_SECONDS):
-            self._is_open.set()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self._is_closed:
+            if time.monotonic() > deadline:
+                self._is_closed = False
+            else:
+                time.sleep(GLANCE_SECONDS)
 
 
 TURNS = Turns()

@@ -285,3 +285,22 @@ def test_a_span_is_the_tallies_of_its_steps_merged(data: st.DataObject) -> None:
     ):
         assert one.tolist() == other.tolist()
     assert found.square_mean == pytest.approx(expected.square_mean, rel=1e-12)
+
+
+def test_units_whose_tally_fails_are_left_out_and_the_others_are_not(recwarn: pytest.WarningsRecorder) -> None:
+    """A fault at one module is told once and costs that module its verdict, not the network."""
+
+    class Failing(dict[str, UnitTally]):
+        def __getitem__(self, name: str) -> UnitTally:
+            if name == "bad":
+                raise ZeroDivisionError("deliberate")
+            return super().__getitem__(name)
+
+    followed = windows()
+    for step in range(6):
+        good = record(step, [DEAD, ALIVE]).units["act"]
+        followed.add(StepRecord(step, {}, 0.0, units=Failing(bad=good, act=good)))
+    assert list(followed.status()) == ["act"]
+    assert followed.status()["act"].dead == (0,)
+    told = [str(warning.message) for warning in recwarn if "bad" in str(warning.message)]
+    assert len(told) == 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import sys
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instrument.errors import UnmeasurableError
-from instrument.measure.batch import Batch, measure_later, measure_many
+from instrument.measure import groups
+from instrument.measure.batch import Batch, Column, measure_later, measure_many
 from instrument.measure.custom_op import measure
 from instrument.measure.groups import GROUP, SMALL, Later
 from instrument.measure.sketch import Sketch
@@ -202,3 +206,77 @@ def test_what_does_not_lie_in_a_row_is_gathered_all_the_same() -> None:
     for later, tensor in [(batch.add(tensor), tensor) for tensor in tensors]:
         assert isinstance(later, Later)
         assert later.sketch() == measure(tensor)
+
+
+def test_who_asks_while_tensors_are_handed_over_gets_them_and_disturbs_nothing() -> None:
+    """Sketches asked for half way, as by a finalizer, are those of what came so far, and the others come later."""
+    column = Column()
+    asked: list[float] = []
+
+    def handed_over() -> Iterator[torch.Tensor]:
+        for value in range(6):
+            if value == 3:
+                asked.append(column.groups[0].measured()[2].mean)
+            yield torch.full((3,), float(value))
+
+    measure_later(handed_over(), column=column)
+    assert asked == [2.0]
+    assert [sketch.mean for sketch in column.sketches()] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_tensors_that_cannot_all_be_made_are_held_no_longer() -> None:
+    """Where the next tensor raises, those before have been copied, and are free to change."""
+    column, first = Column(), torch.ones(3)
+
+    def handed_over() -> Iterator[torch.Tensor]:
+        yield first
+        raise ZeroDivisionError("deliberate")
+
+    with pytest.raises(ZeroDivisionError, match="deliberate"):
+        measure_later(handed_over(), column=column)
+    first.zero_()
+    assert column.sketches()[0].mean == 1.0
+
+
+def test_who_adds_in_the_middle_of_an_addition_overwrites_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finalizer may measure a tensor of its own while one is copied, and may ask for all that is there."""
+    copy, batch = ctypes.memmove, Batch()
+    inside: list[Later] = []
+
+    def interrupted(*places: int) -> None:
+        monkeypatch.setattr(ctypes, "memmove", copy)
+        item = batch.add(torch.full((4,), 7.0))
+        assert isinstance(item, Later)
+        inside.append(item)
+        copy(*places)
+
+    first = batch.add(torch.full((2,), 1.0))
+    monkeypatch.setattr(ctypes, "memmove", interrupted)
+    second = batch.add(torch.full((3,), 2.0))
+
+    def asking(*places: int) -> None:
+        monkeypatch.setattr(ctypes, "memmove", copy)
+        assert isinstance(inside[0], Later)
+        inside[0].group.measured()
+        copy(*places)
+
+    monkeypatch.setattr(ctypes, "memmove", asking)
+    third = batch.add(torch.full((5,), 3.0))
+    found = [item.sketch() for item in (first, second, inside[0], third) if isinstance(item, Later)]
+    assert [(sketch.mean, sketch.count) for sketch in found] == [(1.0, 2), (2.0, 3), (7.0, 4), (3.0, 5)]
+
+
+def test_who_asks_in_the_middle_of_measuring_is_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finalizer that asks while a group is measured gets the sketches, and whoever asked first gets the same."""
+    item = Batch().add(torch.full((2,), 1.0))
+    assert isinstance(item, Later)
+    together = groups._measured_together
+    inside: list[object] = []
+
+    def interrupted(*arguments: Any) -> Any:
+        monkeypatch.setattr(groups, "_measured_together", together)
+        inside.append(item.group.measured())
+        raise ZeroDivisionError("deliberate")
+
+    monkeypatch.setattr(groups, "_measured_together", interrupted)
+    assert item.group.measured() is inside[0]

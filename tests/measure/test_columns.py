@@ -15,7 +15,7 @@ from instrument.capture.names import Site
 from instrument.measure.batch import Batch, measure_later
 from instrument.measure.columns import Sketches
 from instrument.measure.custom_op import measure
-from instrument.measure.pending import gathered
+from instrument.measure.pending import PLACES, gathered
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import Buffer, StepRecord
 
@@ -112,3 +112,24 @@ def test_a_step_is_gathered_from_places_objects_and_merged_parts() -> None:
             assert found.codes.tolist() == expected.codes.tolist(), tag
             assert found.counts.tolist() == expected.counts.tolist()
             assert (found.count, found.low, found.high) == (expected.count, expected.low, expected.high)
+
+
+def test_a_source_is_asked_once_whatever_stands_beside_its_places() -> None:
+    """One sketch that is in no source does not have the sources make all of theirs for each place anew."""
+
+    class Counting:
+        def __init__(self, values: list[float]) -> None:
+            self.asked = 0
+            self.values = values
+
+        def sketches(self) -> Sketches:
+            self.asked += 1
+            return Sketches.of([measure(torch.tensor([value])) for value in self.values])
+
+        def item(self, place: int) -> Sketch:
+            return self.sketches()[place]
+
+    sources = [Counting([1.0, 2.0]), Counting([3.0])]
+    found = gathered([1, PLACES, measure(torch.tensor([9.0])), 0], sources)
+    assert [sketch.mean for sketch in found] == [2.0, 3.0, 9.0, 1.0]
+    assert [source.asked for source in sources] == [1, 1]

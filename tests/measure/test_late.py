@@ -12,7 +12,7 @@ import torch
 from instrument.measure.batch import Batch, Column, measure_later
 from instrument.measure.groups import ArrivingGroup
 from instrument.measure.slopes import slopes_named
-from instrument.measure.units import LateTallies, UnitTally, tally_rows, tally_units
+from instrument.measure.units import LateTallies, UnitTally, late, tally_rows, tally_units
 from instrument.torch_private import Unseen
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -123,7 +123,35 @@ def test_a_tally_that_fails_leaves_the_sketches(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(group, ArrivingGroup)
     number = group.tally(place, (3, 2), 1, None)
     assert number is not None
+    other = group.tally(place, (3, 2), 1, slopes_named("relu"))
+    assert other is not None
+    monkeypatch.setattr(late, "tally_plain", broken)
+    monkeypatch.setattr(late, "tally_of_range", lambda extent: UnitTally.empty(2))
+    with pytest.raises(ZeroDivisionError, match="deliberate"):
+        group.made(other)
+    assert group.sketches()[place].mean == 1.0
+
+
+def test_a_group_that_fails_says_so_to_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault before anything is made is raised for tallies and for sketches alike."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("deliberate")
+
+    group, place = Batch().put(torch.ones(3, 2))
+    assert isinstance(group, ArrivingGroup)
+    number = group.tally(place, (3, 2), 1, None)
+    assert number is not None
     monkeypatch.setattr(LateTallies, "make", broken)
     with pytest.raises(ZeroDivisionError, match="deliberate"):
         group.made(number)
-    assert group.sketches()[place].mean == 1.0
+    with pytest.raises(ZeroDivisionError, match="deliberate"):
+        group.sketches()
+
+
+def test_a_tensor_that_has_grown_since_is_not_read_beyond_its_copy() -> None:
+    """New data under an old identity, of another size, are tallied at once or not at all."""
+    group, place = Batch().put(torch.ones(3, 2))
+    assert isinstance(group, ArrivingGroup)
+    assert group.tally(place, (300, 200), 1, None) is None
+    assert group.tally(place, (2, 3), 1, None) is not None

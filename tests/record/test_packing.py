@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instrument import Sketch, measure
+from instrument.measure.batch import measure_later
+from instrument.record import packing
 from instrument.record.buffer import StepRecord
 from instrument.record.packing import PART, SketchStore
 
@@ -110,3 +113,26 @@ def test_records_that_several_threads_work_out_at_once_are_whole() -> None:
             reader.join()
         assert found == [[float(n) for n in range(300)]] * 3
         assert store["Gradients/7"].mean == 7.0
+
+
+def test_a_reader_has_places_and_sources_of_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may turn a step into columns and pack it at any moment while one of its sketches is read."""
+    tensors = [torch.full((3,), float(value)) for value in range(4)]
+    item = packing._item
+
+    def as_it_is(store: SketchStore) -> Sketch:
+        found = store.as_they_are()["b"]
+        return found if isinstance(found, Sketch) else found.sketch()
+
+    for read in (lambda store: store["b"], as_it_is):
+        store = SketchStore(dict(zip("abcd", range(4), strict=True)), [measure_later(tensors)])
+
+        def meanwhile(*arguments: Any, store: SketchStore = store) -> Any:
+            store.columns()
+            store.pack()
+            return item(*arguments)
+
+        monkeypatch.setattr(packing, "_item", meanwhile)
+        assert read(store).mean == 1.0
+        monkeypatch.setattr(packing, "_item", item)
+        assert [sketch.mean for sketch in store.values()] == [0.0, 1.0, 2.0, 3.0]

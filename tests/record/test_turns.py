@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from instrument.record.turns import TURNS, Turns
 from instrument.record.worker import AT_LEISURE, Worker
 
 LONG, SHORT = 30.0, 0.3
+PROJECT = Path(__file__).parents[2]
 
 
 def raised(error: Exception) -> None:
@@ -81,6 +84,29 @@ def test_whoever_flushes_has_it_written_at_once(worker: Worker, monkeypatch: pyt
     worker.submit(done.set)
     assert worker.flush(LONG)
     assert done.is_set()
+
+
+def test_a_signal_in_the_middle_of_it_holds_up_nobody() -> None:
+    """A handler that flushes may run inside of any of the methods, a thousand times a second, and each returns."""
+    script = """
+import signal, time
+from instrument.record.turns import Turns
+turns, seen = Turns(), []
+def handler(number, frame):
+    turns.end()
+    seen.append(number)
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+until = time.monotonic() + 3
+while time.monotonic() < until:
+    turns.begin()
+    turns.end()
+    turns.wait()
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(len(seen) > 100)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=PROJECT)
+    assert found.stdout.strip() == "True", found.stderr
 
 
 def test_the_gate_is_closed_in_the_forward_pass_of_a_sampled_step_and_open_after_it(

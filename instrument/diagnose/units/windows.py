@@ -22,6 +22,7 @@ import numpy as np
 
 from instrument.config import Config
 from instrument.diagnose.units.status import Indices, UnitStatus
+from instrument.errors import warn_quietly
 from instrument.measure.units import BoolArray, UnitTally, merge_tallies
 from instrument.record.buffer import StepRecord
 
@@ -218,6 +219,7 @@ class UnitWindows:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._windows: dict[str, _Window] = {}
+        self._left_out: set[str] = set()
 
     def add(self, record: StepRecord) -> None:
         """Add the tallies of one step.
@@ -227,12 +229,28 @@ class UnitWindows:
         Args:
             record: The record; steps must not fall.
         """
-        for name, tally in record.units.items():
+        for name in record.units:
+            tally = self._tally(record, name)
+            if tally is None:
+                continue
             window = self._windows.get(name)
             if window is None or (tally.samples and not tally.fits(window.pattern)):
                 self._windows[name] = window = _Window(tally, self._config)
             if tally.samples:
                 window.add(record.step, tally)
+
+    def _tally(self, record: StepRecord, name: str) -> UnitTally | None:
+        """A tally of the record; None where making it has failed, which is told once and leaves these units out."""
+        if name in self._left_out:
+            return None
+        try:
+            return record.units[name]
+        except Exception as error:
+            self._left_out.add(name)
+            warn_quietly(
+                f"units of {name}: this library failed with {type(error).__name__}: {error}; left out from now on"
+            )
+            return None
 
     def judge(self) -> dict[str, UnitStatus]:
         """What is known of the units now; rates are of the steps from here on then."""

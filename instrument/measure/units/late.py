@@ -7,7 +7,7 @@ the values have been copied anyway, that thread notes what is wanted, and one ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,7 +78,7 @@ class LateTallies:
         self._activations: list[Any] = []
         self._gradients: list[int] = []
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self._found: dict[int, UnitTally] = {}
+        self._found: dict[int, UnitTally | Exception] = {}
 
     def add(self, index: int, shape: tuple[int, ...], axis: int, slopes: Slopes | None) -> int:
         """Want the tally of the units of a tensor; see `instrument.measure.units.tally_units`.
@@ -102,9 +102,9 @@ class LateTallies:
         self.samples.append(samples)
         return len(self.samples) - 1
 
-    def found(self, number: int) -> UnitTally:
-        """The tally of this number."""
-        return self._found[number]
+    def found(self, number: int) -> UnitTally | Exception | None:
+        """The tally of this number, or what went wrong; None where it was not made."""
+        return self._found.get(number)
 
     def make(self, flat: torch.Tensor, starts: IntArray) -> None:
         """Work out all that is wanted; call it under `Unseen`.
@@ -117,9 +117,9 @@ class LateTallies:
             self._make_together(flat, starts)
             return
         for number, index, shape, axis, slopes in _by_fives(self._activations):
-            self._take(number, tally_plain(_part(flat, starts[index], shape), axis, slopes))
+            self._take(number, _part(flat, starts[index], shape), tally_plain, axis, slopes)
         for number, index, rows, width, samples in _by_fives(self._gradients):
-            self._take(number, tally_rows(_part(flat, starts[index], (rows, width)), 0, samples))
+            self._take(number, _part(flat, starts[index], (rows, width)), tally_rows, 0, samples)
 
     def _make_together(self, flat: torch.Tensor, starts: IntArray) -> None:
         """The same by two calls in C for all of them, but for those whose flat samples are to be counted."""
@@ -134,7 +134,7 @@ class LateTallies:
                 elif zero == rows:
                     self._found[number] = zero_rows(rows)
                 else:
-                    self._take(number, tally_rows(_part(flat, starts[index], (rows, width)), 0, samples))
+                    self._take(number, _part(flat, starts[index], (rows, width)), tally_rows, 0, samples)
 
     def _make_activations(self, flat: torch.Tensor, starts: IntArray) -> None:
         cubes = [sides(shape, axis) for _, _, shape, axis, _ in _by_fives(self._activations)]
@@ -150,11 +150,16 @@ class LateTallies:
             if slopes is None:
                 self._found[number] = tally_of_range(extent)
             else:
-                self._take(number, tally_plain(_part(flat, starts[index], shape), axis, slopes, extent))
+                self._take(number, _part(flat, starts[index], shape), tally_plain, axis, slopes, extent)
 
-    def _take(self, number: int, tally: object) -> None:
-        assert isinstance(tally, UnitTally)
-        self._found[number] = tally
+    def _take(self, number: int, part: torch.Tensor, make: Callable[..., object], *arguments: Any) -> None:
+        """Make one tally; what goes wrong is told to whoever asks for it, and to nobody else."""
+        try:
+            tally = make(part, *arguments)
+            assert isinstance(tally, UnitTally)
+            self._found[number] = tally
+        except Exception as error:
+            self._found[number] = error
 
 
 def _part(flat: torch.Tensor, start: int, shape: tuple[int, ...]) -> torch.Tensor:
