@@ -106,9 +106,11 @@ class Worker:
         if self._thread is None or not self._thread.is_alive():
             self._drain()
             return True
-        done = threading.Event()
-        self._queue.put((done.set, 0))
-        return done.wait(timeout)
+        # A bare lock: a signal's handler that flushes while a flush waits would find the one of an `Event` taken.
+        done = threading.Lock()
+        done.acquire()
+        self._queue.put((done.release, 0))
+        return done.acquire(timeout=-1 if timeout is None else timeout)
 
     def close(self, timeout: float | None = None) -> bool:
         """Do what was submitted and end the thread; a job submitted later starts another.

@@ -109,6 +109,27 @@ print(len(seen) > 100)
     assert found.stdout.strip() == "True", found.stderr
 
 
+def test_a_signal_that_flushes_while_a_flush_waits_holds_up_neither() -> None:
+    """As a handler of SIGTERM does that saves what there is: each flush, the outer and the inner, has all written."""
+    script = """
+import random, signal, time
+from instrument.record.worker import Worker
+worker, found = Worker("test-writer", print), []
+def handler(number, frame):
+    found.append(worker.flush(20))
+signal.signal(signal.SIGALRM, handler)
+until = time.monotonic() + 5
+while time.monotonic() < until:
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 4e-4))
+    worker.submit(lambda: time.sleep(1e-4))
+    found.append(worker.flush(20))
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(len(found) > 100 and all(found))
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, cwd=PROJECT)
+    assert found.stdout.strip() == "True", found.stderr
+
+
 def test_the_gate_is_closed_in_the_forward_pass_of_a_sampled_step_and_open_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
