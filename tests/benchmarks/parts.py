@@ -20,7 +20,12 @@ import instrument
 from instrument.config import Config
 from instrument.diagnose.doctor import Doctor
 from instrument.diagnose.units import UnitWindows
+from instrument.measure.batch import measure_later
+from instrument.measure.columns import Sketches
+from instrument.measure.groups import SMALL
+from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord
+from instrument.record.packing import SketchStore
 from instrument.record.values import histogram_slices, scalar_values
 from instrument.record.wire import ScalarLayout, histogram_values
 
@@ -68,38 +73,59 @@ def _table(workload: Workload, kinds: tuple[str, ...]) -> Table:
     return table
 
 
+class _Made:
+    """Sketches that are made already, as they stand when they have been measured together."""
+
+    def __init__(self, sketches: Sketches) -> None:
+        self._sketches = sketches
+
+    def sketches(self) -> Sketches:
+        """All of them."""
+        return self._sketches
+
+    def item(self, place: int) -> Sketch:
+        """The one at a place."""
+        return self._sketches[place]
+
+
 def _of_the_writer(record: StepRecord, kinds: tuple[str, ...]) -> list[tuple[str, float]]:
     """What the writer's thread does with a record, part by part."""
-    loose = dict(record.items())
+    made = _Made(record.columns())
     layouts: dict[str, ScalarLayout] = {}
 
     def fresh() -> StepRecord:
-        return StepRecord(record.step, loose, 0.0, traits=record.traits)
+        store = SketchStore(dict(zip(record, range(len(record)), strict=True)), [made])
+        return StepRecord(record.step, store, 0.0, traits=record.traits)
 
     def scalars() -> None:
         tags, numbers = scalar_values(fresh(), set())
-        layouts.setdefault("layout", ScalarLayout(tags)).values(numbers)
+        if "layout" not in layouts:
+            layouts["layout"] = ScalarLayout(tags)
+        layouts["layout"].values(numbers)
+
+    known = fresh()
+    known.statistics()
 
     def histograms() -> None:
-        for part in histogram_slices(record_of_histograms):
+        for part in histogram_slices(known):
             histogram_values(part)
 
     config = Config(kinds=kinds)
     doctor, step = Doctor(config, UnitWindows(config)), iter(range(10**9))
 
     def examine() -> None:
-        doctor.add(StepRecord(next(step), known, 0.0, traits=record.traits), True)
+        doctor.add(StepRecord(next(step), known._sketches, 0.0, traits=record.traits), True)
         doctor.catch_up()
 
-    record_of_histograms = fresh()
-    known = record_of_histograms._sketches
-    known.statistics()
-    packed = iter([fresh() for _ in range(ROUNDS + 1)])
+    sizes = [size for sketch in record.values() if 0 < (size := sketch.count) <= SMALL]
+    copied = iter([measure_later([torch.randn(size) for size in sizes]) for _ in range(ROUNDS)])
+    waiting = iter([fresh() for _ in range(ROUNDS)])
     return [
+        ("writer: measuring small tensors that were copied", _milliseconds(lambda: next(copied).sketches())),
         ("writer: statistics and scalars", _milliseconds(scalars)),
         ("writer: histograms, framed", _milliseconds(histograms)),
         ("writer: findings, without units", _milliseconds(examine)),
-        ("writer: packing for the history", _milliseconds(lambda: next(packed).pack())),
+        ("writer: packing for the history", _milliseconds(lambda: next(waiting).pack())),
     ]
 
 
