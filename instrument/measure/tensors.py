@@ -22,9 +22,11 @@ from torch.nn.parameter import is_lazy
 from instrument.errors import UnmeasurableError
 from instrument.torch_private import is_fake
 
-__all__ = ["Values", "chunks", "readable", "whole"]
+__all__ = ["PLAIN", "Values", "chunks", "readable", "whole"]
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+"""Types whose values lie where the tensor says; a subclass may hold others."""
+
 _SPARSE = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _PACKED = tuple(
     getattr(torch, name)
@@ -90,7 +92,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
         UnmeasurableError: It has no such values, is sparse, or is one shard of a `DTensor`, of which nobody here knows
             which part of the shape it is.
     """
-    if type(tensor) not in _PLAIN and hasattr(tensor, "to_local"):
+    if type(tensor) not in PLAIN and hasattr(tensor, "to_local"):
         raise UnmeasurableError("it is a shard of a larger tensor")
     tensor = _plain(tensor)
     if tensor.layout is not torch.strided or not tensor.is_floating_point():
@@ -109,7 +111,7 @@ def _with_values(tensor: torch.Tensor) -> torch.Tensor:
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor detached and without its subclass, or the reason why it has no values."""
-    if type(tensor) not in _PLAIN:
+    if type(tensor) not in PLAIN:
         if is_lazy(tensor):
             raise UnmeasurableError("it is lazy and has no values yet")
         if is_fake(tensor):

@@ -5,16 +5,20 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import math
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
-__all__ = ["SHORT", "functions", "is_there"]
+__all__ = ["SHORT", "Rooms", "functions", "is_there"]
 
 _INTERFACE = 7
 """Raised with every change to a signature in `engine.c`: an object built of an older one would write anywhere."""
 
 SHORT = 32_768
 """Elements up to which a call keeps the interpreter lock, for at most 20 us."""
+
+_Room = TypeVar("_Room")
 
 _pointer, _number, _kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -128,3 +132,23 @@ def functions(size: float = math.inf) -> _Functions:
     """
     assert loaded is not None
     return loaded.keeping if size <= SHORT else loaded.releasing
+
+
+class Rooms(threading.local, Generic[_Room]):
+    """The rooms of a thread that nobody uses: a finalizer or a signal that measures in the middle of it has another.
+
+    Args:
+        make: Makes a room, where all are in use.
+    """
+
+    def __init__(self, make: Callable[[], _Room]) -> None:
+        self._make = make
+        self._free: list[_Room] = []
+
+    def take(self) -> _Room:
+        """One that is nobody else's until it is given back."""
+        return self._free.pop() if self._free else self._make()
+
+    def give_back(self, room: _Room) -> None:
+        """It is used no more."""
+        self._free.append(room)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,8 +11,9 @@ import torch
 
 from instrument.measure.columns import FIELDS, Sketches, made
 from instrument.measure.histogram import CODES, IntArray, spread
-from instrument.measure.native.library import functions, is_there
+from instrument.measure.native.library import Rooms, functions, is_there
 from instrument.measure.sketch import Sketch
+from instrument.measure.tensors import PLAIN
 
 __all__ = [
     "KINDS",
@@ -30,8 +30,6 @@ __all__ = [
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """Number of each type that can be read."""
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-
 
 class _Room:
     """Room for the sketch of one tensor, and where it lies: to ask an array takes a microsecond."""
@@ -42,18 +40,7 @@ class _Room:
         self.places = self.codes.ctypes.data, self.counts.ctypes.data, self.numbers.ctypes.data
 
 
-class _Rooms(threading.local):
-    """The rooms of a thread that nobody uses: a finalizer or a signal that measures in the middle of it has another."""
-
-    def __init__(self) -> None:
-        self.free: list[_Room] = []
-
-    def take(self) -> _Room:
-        """One that is nobody else's until it is given back."""
-        return self.free.pop() if self.free else _Room()
-
-
-_rooms = _Rooms()
+_rooms = Rooms(_Room)
 
 
 def can_measure(tensor: torch.Tensor) -> bool:
@@ -87,7 +74,7 @@ def address_of(tensor: torch.Tensor, size: int) -> int:
 def can_read(tensor: torch.Tensor) -> bool:
     """Whether a tensor of any kind is a plain one that `can_measure` allows."""
     return (
-        type(tensor) in _PLAIN
+        type(tensor) in PLAIN
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and not tensor.is_nested
@@ -140,7 +127,7 @@ def sketch_of(tensor: torch.Tensor) -> Sketch:
     call = functions(size)
     used = call.sketch(tensor.data_ptr(), KINDS[tensor.dtype], size, *room.places)
     sketch = made(room.codes[:used].copy(), room.counts[:used].copy(), room.numbers.tolist())
-    _rooms.free.append(room)
+    _rooms.give_back(room)
     return sketch
 
 

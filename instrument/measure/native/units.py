@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import threading
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from instrument.measure.histogram import FloatArray, IntArray
-from instrument.measure.native.library import functions
+from instrument.measure.native.library import Rooms, functions
 from instrument.measure.native.sketches import KINDS
 
 __all__ = ["flat_of", "ranges_of", "ranges_of_many", "zero_rows_in", "zero_rows_of"]
@@ -29,18 +28,7 @@ class _Room:
         self.rows_place = self.rows.ctypes.data
 
 
-class _Rooms(threading.local):
-    """The rooms of a thread that nobody uses: a finalizer or a signal that measures in the middle of it has another."""
-
-    def __init__(self) -> None:
-        self.free: list[_Room] = []
-
-    def take(self) -> _Room:
-        """One that is nobody else's until it is given back."""
-        return self.free.pop() if self.free else _Room()
-
-
-_rooms = _Rooms()
+_rooms = Rooms(_Room)
 
 
 def ranges_of(
@@ -64,7 +52,7 @@ def ranges_of(
         places = lows.ctypes.data, highs.ctypes.data
     squares = call.ranges(tensor.data_ptr(), KINDS[tensor.dtype], *cube, *every, *places)
     found = lows[:units].astype(np.float64), highs[:units].astype(np.float64), squares
-    _rooms.free.append(room)
+    _rooms.give_back(room)
     return found
 
 
@@ -106,7 +94,7 @@ def zero_rows_of(tensor: torch.Tensor) -> npt.NDArray[np.bool_] | None:
         place = found.ctypes.data
     some = call.zero_rows(tensor.data_ptr(), KINDS[tensor.dtype], rows, tensor.numel() // rows, place)
     zero = found[:rows].copy() if some else None
-    _rooms.free.append(room)
+    _rooms.give_back(room)
     return zero
 
 

@@ -100,16 +100,6 @@ class UnitTally:
         """
         return merge_tallies((self, *others))
 
-    def repeated(self, times: int) -> UnitTally:
-        """The tally of the same samples seen so many times, which merges like as many tallies."""
-        return dataclasses.replace(
-            self,
-            samples=self.samples * times,
-            batches=self.batches * times,
-            counted=self.counted * times,
-            flat=self.flat * times,
-        )
-
     def to_arrays(self) -> tuple[FloatArray, FloatArray]:
         """What ranks merge; a rank that lacks this tally gives that of `empty`.
 
