@@ -14,12 +14,11 @@ from instrument.measure.device import FLOATS, Devices, edge_for
 from instrument.measure.groups import GROUP, ArrivingGroup, GatheredGroup, Later, small
 from instrument.measure.pending import ALONE, Pending, gathered
 from instrument.measure.sketch import Sketch
-from instrument.measure.tensors import readable
+from instrument.measure.tensors import PLAIN, readable
 from instrument.torch_private import Unseen, can_hide
 
 __all__ = ["Batch", "Column", "measure_later", "measure_many"]
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 _NOT_LAUNCHED = InstrumentError("a tensor on a device has not been measured")
 """Keeps the place of a tensor on a device until the launch that it waits for."""
@@ -118,12 +117,13 @@ class Column(Sequence["Sketch | Pending | Exception"]):
         return found
 
     def sketches(self) -> Sketches:
-        """The sketches of all, where none of them failed.
+        """The sketches of all; in the place of what could not be measured stands that of nothing.
 
         Raises:
             Exception: What went wrong when they were measured.
         """
-        return gathered([item for item in self.items if not isinstance(item, Exception)], self.groups, GROUP)
+        items = [item if not isinstance(item, Exception) else Sketch.empty() for item in self.items]
+        return gathered(items, self.groups, GROUP)
 
 
 def measure_later(
@@ -140,7 +140,6 @@ def measure_later(
         sample_above: As for `measure`.
         devices: Where those on a GPU wait until they are sent; without it, until they are asked for.
         are_made_for_us: Whether nobody else holds the tensors; those on a GPU then wait for few others.
-
         column: Where what is found is added; it has that of each tensor before the next one is asked for. Without it, a
             new one.
 
@@ -196,7 +195,7 @@ def measure_later(
 def _is_launched_with_others(tensor: torch.Tensor) -> bool:
     """Whether a tensor on a GPU is measured by one launch together with others."""
     return (
-        type(tensor) in _PLAIN
+        type(tensor) in PLAIN
         and edge_for(tensor.device) is not None
         and tensor.dtype in FLOATS
         and tensor.layout is torch.strided

@@ -11,6 +11,7 @@ What shaped it, measured on one core with torch 2.13 and NumPy 2.4:
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import ctypes
 import math
@@ -26,10 +27,11 @@ from instrument.measure.histogram import IntArray
 from instrument.measure.segments import sketches_of
 from instrument.measure.sketch import Sketch
 from instrument.measure.slopes import Slopes
+from instrument.measure.tensors import PLAIN
 from instrument.measure.units import LateTallies, LateTally, UnitTally
 from instrument.torch_private import Unseen, flattened
 
-__all__ = ["GROUP", "SMALL", "ArrivingGroup", "GatheredGroup", "Later", "small"]
+__all__ = ["GROUP", "SMALL", "ArrivingGroup", "GatheredGroup", "Group", "Later", "small"]
 
 SMALL = 8192
 """Tensors of up to this many elements are measured together; a larger one is cheaper by itself."""
@@ -40,7 +42,6 @@ GROUP = 1024
 _SIZES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 """Types whose values are exactly those of a float32, and their bytes."""
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _OTHERS = 0, 0
 
 
@@ -53,7 +54,7 @@ def small(tensor: torch.Tensor) -> tuple[int, int]:
     Returns:
         The number of its elements, 0 where it is not; and where they lie, 0 where they do not lie in a row.
     """
-    if type(tensor) not in _PLAIN:
+    if type(tensor) not in PLAIN:
         return _OTHERS
     itemsize = _SIZES.get(tensor.dtype)
     if itemsize is None or not tensor.is_cpu or tensor.layout is not torch.strided:
@@ -72,7 +73,7 @@ class Later:
 
     __slots__ = ("group", "index")
 
-    def __init__(self, group: _Measured, index: int) -> None:
+    def __init__(self, group: Group, index: int) -> None:
         self.group = group
         """Those that it is measured with."""
         self.index = index
@@ -89,7 +90,7 @@ class Later:
         Raises:
             Exception: What went wrong when they were measured.
         """
-        return self.group.measured(), self.index
+        return self.group.sketches(), self.index
 
     def sketch(self) -> Sketch:
         """The sketch; what waits is measured now unless that is done.
@@ -97,11 +98,11 @@ class Later:
         Raises:
             Exception: What went wrong then.
         """
-        return self.group.measured()[self.index]
+        return self.group.sketches()[self.index]
 
 
-class _Measured:
-    """What is common to groups however tensors come."""
+class Group(abc.ABC):
+    """Small tensors of one type that are measured at one time, however they come."""
 
     __slots__ = ("_flat", "_found", "_lengths", "_lock", "_size", "_wanted", "is_full")
 
@@ -122,7 +123,7 @@ class _Measured:
         self.is_full = self._size > BLOCK - SMALL or len(self._lengths) == GROUP
         return len(self._lengths) - 1
 
-    def measured(self) -> Sketches:
+    def sketches(self) -> Sketches:
         """The sketches of the tensors, in the order in which they came.
 
         Raises:
@@ -147,10 +148,6 @@ class _Measured:
             return _measured_together(flat, lengths)
         except Exception as error:
             return error
-
-    def sketches(self) -> Sketches:
-        """The same as `measured`."""
-        return self.measured()
 
     def item(self, place: int) -> Later:
         """What will give the sketch at a place."""
@@ -202,7 +199,7 @@ class _Measured:
         """
         if self._found is None:
             with contextlib.suppress(Exception):  # the sketches may have failed, and the tallies not
-                self.measured()
+                self.sketches()
         made = self._wanted.found(number)
         if made is None and isinstance(self._found, Exception):
             made = self._found
@@ -211,12 +208,12 @@ class _Measured:
         assert made is not None
         return made
 
+    @abc.abstractmethod
     def _values(self) -> torch.Tensor:
         """All values, one tensor behind the other."""
-        raise NotImplementedError
 
 
-class GatheredGroup(_Measured):
+class GatheredGroup(Group):
     """Tensors that are there at the same time: they are referred to until `copy`, which copies all in one call."""
 
     __slots__ = ("_addresses", "_tensors")
@@ -252,7 +249,7 @@ class GatheredGroup(_Measured):
         return self._flat
 
 
-class ArrivingGroup(_Measured):
+class ArrivingGroup(Group):
     """Tensors that come one by one, perhaps from several threads: each is copied at once."""
 
     __slots__ = ("_address", "_is_busy", "_itemsize")

@@ -12,7 +12,7 @@ from instrument.measure.device import LateNumber
 from instrument.measure.histogram import IntArray
 from instrument.measure.sketch import Sketch, merge_all
 
-__all__ = ["ALONE", "PLACES", "Divided", "Pending", "Source", "Together", "gathered", "item_at"]
+__all__ = ["ALONE", "PLACES", "Divided", "Pending", "Source", "Together", "gathered"]
 
 PLACES = 1 << 32
 """A place in one of several sources is the number of the source times this, and the place in it: a number is no object
@@ -44,15 +44,6 @@ class Source(Protocol):
 
     def item(self, place: int) -> Sketch | Pending:
         """The one at a place."""
-
-
-def item_at(place: int, sources: Sequence[Source]) -> Sketch | Pending:
-    """What stands at a place in one of several sources.
-
-    Raises:
-        Exception: It could not be measured.
-    """
-    return sources[place // PLACES].item(place % PLACES)
 
 
 class Divided:

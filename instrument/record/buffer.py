@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,9 +15,9 @@ from instrument.capture.names import Site
 from instrument.measure.batch import Column
 from instrument.measure.columns import Sketches
 from instrument.measure.device import LateNumber
-from instrument.measure.groups import ArrivingGroup, GatheredGroup
+from instrument.measure.groups import Group
 from instrument.measure.histogram import FloatArray
-from instrument.measure.pending import ALONE, PLACES, Pending, Source, Together, item_at
+from instrument.measure.pending import ALONE, PLACES, Pending, Source, Together
 from instrument.measure.sketch import Sketch
 from instrument.measure.units import DeviceTally, LateTally, UnitTally, merge_tallies
 from instrument.record.packing import SketchStore
@@ -30,7 +30,6 @@ MERGE_AFTER = 8
 
 
 Tally: TypeAlias = "UnitTally | DeviceTally | LateTally"
-Groups: TypeAlias = "ArrivingGroup | GatheredGroup"
 
 NO_UNITS: Mapping[str, UnitTally] = MappingProxyType({})
 
@@ -214,20 +213,34 @@ class Buffer:
             sketch: The sketch, or what will give it; or a source that has it,
             place: at this place.
         """
-        parts = self._parts.get(site)
-        if parts is None:
-            self._parts[site] = self._placed(sketch, place)
-            return
-        if not isinstance(parts, list):
-            parts = self._parts[site] = [item_at(parts, self._sources) if isinstance(parts, int) else parts]
-        found = self._placed(sketch, place)
-        parts.append(item_at(found, self._sources) if isinstance(found, int) else found)
+        parts = self._joined(self._parts, site, sketch, place, lambda source, place: source.item(place))
         if len(parts) > MERGE_AFTER and (together := Together(parts)).is_there:
             parts[:] = [together.sketch()]
 
-    def _placed(self, sketch: Any, place: int) -> Any:
-        """What stands alone as it is; what does not as a place among the sources."""
-        return sketch if place == ALONE else PLACES * self._number_of(sketch) + place
+    def _joined(
+        self, known: dict[Any, Any], key: object, found: Any, place: int, at: Callable[[Any, int], Any]
+    ) -> list[Any]:
+        """Add what was found to what is known under a key: the first by itself, or by its place in a source.
+
+        Args:
+            known: Sketches by site, or tallies by name.
+            key: Site or name.
+            found: What stands by itself; or a source,
+            place: and a place in it.
+            at: Gives what stands at a place of a source.
+
+        Returns:
+            All that is known under the key; empty for the first, which is not to be merged.
+        """
+        parts = known.get(key)
+        if parts is None:
+            known[key] = found if place == ALONE else PLACES * self._number_of(found) + place
+            return []
+        if not isinstance(parts, list):
+            first = at(self._sources[parts // PLACES], parts % PLACES) if isinstance(parts, int) else parts
+            parts = known[key] = [first]
+        parts.append(found if place == ALONE else at(found, place))
+        return parts
 
     def _number_of(self, source: Source) -> int:
         number = self._numbers.get(id(source))
@@ -244,11 +257,11 @@ class Buffer:
             self._number_of(column)
             self._parts.update(found)
             return
-        for site, item in zip(sites, column, strict=True):
+        for place, (site, item) in enumerate(zip(sites, column.items, strict=True)):
             if not isinstance(item, Exception):
-                self.add(site, item)
+                self.add(site, column, place)
 
-    def add_units(self, name: str, tally: Tally | Groups, number: int = ALONE) -> None:
+    def add_units(self, name: str, tally: Tally | Group, number: int = ALONE) -> None:
         """Add a tally of a module's units to the step; tallies of one name are merged.
 
         Args:
@@ -256,13 +269,7 @@ class Buffer:
             tally: The tally, or what will give it; or the group that makes it,
             number: under this number.
         """
-        parts = self._units.get(name)
-        if parts is None:
-            self._units[name] = self._placed(tally, number)
-            return
-        if not isinstance(parts, list):
-            parts = self._units[name] = [_loose_tally(parts, self._sources)]  # type: ignore[list-item]  # no list
-        parts.append(tally.late(number) if isinstance(tally, (ArrivingGroup, GatheredGroup)) else tally)
+        parts = self._joined(self._units, name, tally, number, lambda group, number: group.late(number))
         if len(parts) > MERGE_AFTER and not any(isinstance(part, DeviceTally) for part in parts):
             parts[:] = [merge_tallies(parts)]
 
@@ -368,10 +375,10 @@ def _merged(parts: int | Sketch | Pending | list[Sketch | Pending]) -> int | Ske
     return Together(parts)
 
 
-def _group_at(place: int, sources: Sequence[Source]) -> Groups:
+def _group_at(place: int, sources: Sequence[Source]) -> Group:
     """The group that makes the tally of a place."""
     group = sources[place // PLACES]
-    assert isinstance(group, (ArrivingGroup, GatheredGroup))
+    assert isinstance(group, Group)
     return group
 
 

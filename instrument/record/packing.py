@@ -19,7 +19,7 @@ import numpy.typing as npt
 from instrument.measure import native
 from instrument.measure.columns import Sketches
 from instrument.measure.histogram import FloatArray, IntArray
-from instrument.measure.pending import Pending, Source, gathered, item_at
+from instrument.measure.pending import PLACES, Pending, Source, gathered
 from instrument.measure.sketch import Sketch
 from instrument.record.statistics import statistics_of
 from instrument.record.turns import yield_lock
@@ -44,7 +44,7 @@ class SketchStore(Mapping[str, "Sketch"]):
     """Sketches by tag; records of one step share it.
 
     Args:
-        sketches: Tag to sketch, or to what will give it when it is read; or to its place in a source, as for `item_at`.
+        sketches: Tag to sketch, to what will give it when it is read, or to its place in a source, as in `gathered`.
         sources: The sources.
 
     Example:
@@ -132,7 +132,7 @@ class SketchStore(Mapping[str, "Sketch"]):
 
 
 def _item(found: int | Sketch | Pending, sources: Sequence[Source]) -> Sketch | Pending:
-    return item_at(found, sources) if isinstance(found, int) else found
+    return sources[found // PLACES].item(found % PLACES) if isinstance(found, int) else found
 
 
 @functools.lru_cache(maxsize=8)

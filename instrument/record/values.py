@@ -7,7 +7,7 @@ by slice: between two slices the training thread may have the interpreter lock, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -128,22 +128,22 @@ def _slices(tags: list[str], sketches: Sketches, with_log10: bool) -> Iterator[H
     total, squares = sketches.column("total"), sketches.column("total_squares")
     log10_tags = [_tags_under(tag, (LOG10,))[0] for tag in tags] if with_log10 else []
     nothing = np.zeros(len(tags))
+    log10: Callable[[], Histograms]
     if native.is_there():
         linear, numbers = native.histograms_of(sketches)
         count, zeros, smallest = numbers.T
-        yield _slice(tags, linear, count, total, squares)
-        if with_log10:
-            log10 = native.log10_histograms_of(sketches, smallest)
-            yield _slice(log10_tags, log10, count - zeros, nothing, nothing)
-        return
-    knots = Knots(sketches.codes, sketches.counts, sketches.ends, sketches.column("low"), sketches.column("high"))
-    yield _slice(tags, histograms(knots), knots.count, total, squares)
+        log10 = functools.partial(native.log10_histograms_of, sketches, smallest)
+    else:
+        knots = Knots(sketches.codes, sketches.counts, sketches.ends, sketches.column("low"), sketches.column("high"))
+        linear, count, zeros = histograms(knots), knots.count.astype(np.float64), knots.zeros
+        log10 = functools.partial(log10_histograms, knots)
+    yield _slice(tags, linear, count, total, squares)
     if with_log10:
-        yield _slice(log10_tags, log10_histograms(knots), knots.count - knots.zeros, nothing, nothing)
+        yield _slice(log10_tags, log10(), count - zeros, nothing, nothing)
 
 
 def _slice(
-    tags: list[str], found: Histograms, num: IntArray | FloatArray, total: FloatArray, squares: FloatArray
+    tags: list[str], found: Histograms, num: FloatArray, total: FloatArray, squares: FloatArray
 ) -> HistogramSlice:
-    high, values = found.limits[found.ends - 1], num.astype(np.float64)
-    return HistogramSlice(tags, found.first, high, values, total, squares, found.limits, found.counts, found.ends)
+    high = found.limits[found.ends - 1]
+    return HistogramSlice(tags, found.first, high, num, total, squares, found.limits, found.counts, found.ends)

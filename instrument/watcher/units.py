@@ -30,12 +30,12 @@ from instrument.capture.patterns import Pattern
 from instrument.errors import UnmeasurableError
 from instrument.measure import native
 from instrument.measure.batch import Column
-from instrument.measure.groups import ArrivingGroup
+from instrument.measure.groups import ArrivingGroup, Group
 from instrument.measure.pending import ALONE
 from instrument.measure.slopes import Slopes, slopes_named, slopes_of
 from instrument.measure.tensors import whole
 from instrument.measure.units import Extent, UnitTally, extent_of, tally_plain, tally_rows
-from instrument.record.buffer import Groups, Tally
+from instrument.record.buffer import Tally
 from instrument.torch_private import Unseen, can_hide, children_of, parameters_of, version_of
 
 __all__ = ["UnitJudge"]
@@ -129,7 +129,7 @@ class UnitJudge:
         """The root is called: no layer has run yet."""
         self._layer = None
 
-    def judge(self, name: str, inputs: Any, output: Any) -> tuple[str, Tally | Groups | int, int] | None:
+    def judge(self, name: str, inputs: Any, output: Any) -> tuple[str, Tally | Group | int, int] | None:
         """Tally the units of a module that has just returned.
 
         Args:
@@ -175,7 +175,7 @@ class UnitJudge:
 
     def rows(
         self, parameter: str, gradient: torch.Tensor, samples: int, column: Column | None = None
-    ) -> tuple[Tally | Groups, int] | None:
+    ) -> tuple[Tally | Group, int] | None:
         """Tally the rows of a gradient that are zero, where nothing else tells what the units behind it do.
 
         Args:
@@ -229,7 +229,7 @@ class UnitJudge:
             )
         return output, slopes
 
-    def _tally(self, tensor: torch.Tensor, axis: int, slopes: Slopes | None) -> tuple[Tally | Groups, int] | None:
+    def _tally(self, tensor: torch.Tensor, axis: int, slopes: Slopes | None) -> tuple[Tally | Group, int] | None:
         """Tally a tensor, with the ranges found before if it was the last one looked at; None where it cannot be."""
         copied = self._copied(tensor)
         if copied is not None:

@@ -216,7 +216,7 @@ def test_who_asks_while_tensors_are_handed_over_gets_them_and_disturbs_nothing()
     def handed_over() -> Iterator[torch.Tensor]:
         for value in range(6):
             if value == 3:
-                asked.append(column.groups[0].measured()[2].mean)
+                asked.append(column.groups[0].sketches()[2].mean)
             yield torch.full((3,), float(value))
 
     measure_later(handed_over(), column=column)
@@ -257,7 +257,7 @@ def test_who_adds_in_the_middle_of_an_addition_overwrites_nothing(monkeypatch: p
     def asking(*places: int) -> None:
         monkeypatch.setattr(ctypes, "memmove", copy)
         assert isinstance(inside[0], Later)
-        inside[0].group.measured()
+        inside[0].group.sketches()
         copy(*places)
 
     monkeypatch.setattr(ctypes, "memmove", asking)
@@ -275,8 +275,8 @@ def test_who_asks_in_the_middle_of_measuring_is_answered_once(monkeypatch: pytes
 
     def interrupted(*arguments: Any) -> Any:
         monkeypatch.setattr(groups, "_measured_together", together)
-        inside.append(item.group.measured())
+        inside.append(item.group.sketches())
         raise ZeroDivisionError("deliberate")
 
     monkeypatch.setattr(groups, "_measured_together", interrupted)
-    assert item.group.measured() is inside[0]
+    assert item.group.sketches() is inside[0]

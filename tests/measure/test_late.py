@@ -46,6 +46,19 @@ def values(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> torch.Tenso
     return found.to(dtype)
 
 
+def broken(*_: object, **__: object) -> None:
+    raise ZeroDivisionError("deliberate")
+
+
+def a_tally_that_waits() -> tuple[ArrivingGroup, int, int]:
+    """A group with one tensor of ones, its place there, and the number of the tally of its units."""
+    group, place = Batch().put(torch.ones(3, 2))
+    assert isinstance(group, ArrivingGroup)
+    number = group.tally(place, (3, 2), 1, None)
+    assert number is not None
+    return group, place, number
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_units_are_tallied_as_at_once(dtype: torch.dtype) -> None:
     """Of tensors of every shape, with a nonlinearity and without, in a row and not, changed after they were added."""
@@ -115,14 +128,7 @@ def test_what_is_measured_already_is_tallied_at_once_by_whoever_asks() -> None:
 
 def test_a_tally_that_fails_leaves_the_sketches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault in one is told to those who ask for tallies, and the sketches of the group are there."""
-
-    def broken(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("deliberate")
-
-    group, place = Batch().put(torch.ones(3, 2))
-    assert isinstance(group, ArrivingGroup)
-    number = group.tally(place, (3, 2), 1, None)
-    assert number is not None
+    group, place, _ = a_tally_that_waits()
     other = group.tally(place, (3, 2), 1, slopes_named("relu"))
     assert other is not None
     monkeypatch.setattr(late, "tally_plain", broken)
@@ -134,14 +140,7 @@ def test_a_tally_that_fails_leaves_the_sketches(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_group_that_fails_says_so_to_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault before anything is made is raised for tallies and for sketches alike."""
-
-    def broken(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("deliberate")
-
-    group, place = Batch().put(torch.ones(3, 2))
-    assert isinstance(group, ArrivingGroup)
-    number = group.tally(place, (3, 2), 1, None)
-    assert number is not None
+    group, _, number = a_tally_that_waits()
     monkeypatch.setattr(LateTallies, "make", broken)
     with pytest.raises(ZeroDivisionError, match="deliberate"):
         group.made(number)

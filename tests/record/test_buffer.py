@@ -58,3 +58,16 @@ def test_a_site_that_is_discarded_or_comes_twice_leaves_the_others_in_place() ->
     assert {tag: (sketch.mean, sketch.count) for tag, sketch in record.items()} == {
         "Parameters/late": (3.0, 4), "Parameters/third": (2.0, 2), "Parameters/first": (7.0, 2)
     }  # fmt: skip
+
+
+def test_what_could_not_be_measured_leaves_its_neighbours_in_place() -> None:
+    """One tensor without values among others is absent, and each of the others has its own sketch."""
+    buffer, third = Buffer(4), Site("parameters", "third")
+    buffer.open(0)
+    column = measure_later([torch.full((2,), 1.0), torch.ones(2, device="meta"), torch.full((2,), 3.0)])
+    assert [place for place, _ in column.failures()] == [1]
+    buffer.add_column([FIRST, LATE, third], column)
+    record = buffer.close()
+    assert record is not None
+    assert [sketch.mean for sketch in record.columns()] == [1.0, 3.0]
+    assert {tag: sketch.mean for tag, sketch in record.items()} == {"Parameters/first": 1.0, "Parameters/third": 3.0}

@@ -6,8 +6,9 @@ the values have been copied anyway, that thread notes what is wanted, and one ca
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,44 +114,22 @@ class LateTallies:
             flat: The values of the group, of shape (n,).
             starts: Where those of each tensor begin.
         """
-        if native.can_measure(flat):
-            self._make_together(flat, starts)
-            return
-        for number, index, shape, axis, slopes in _by_fives(self._activations):
-            self._take(number, _part(flat, starts[index], shape), tally_plain, axis, slopes)
-        for number, index, rows, width, samples in _by_fives(self._gradients):
-            self._take(number, _part(flat, starts[index], (rows, width)), tally_rows, 0, samples)
-
-    def _make_together(self, flat: torch.Tensor, starts: IntArray) -> None:
-        """The same by two calls in C for all of them, but for those whose flat samples are to be counted."""
-        if self._activations:
-            self._make_activations(flat, starts)
-        if self._gradients:
-            wanted = np.array(self._gradients, np.int64).reshape(-1, 5)
-            zeros = native.zero_rows_in(flat, starts[wanted[:, 1]], wanted[:, 2], wanted[:, 3])
-            for (number, index, rows, width, samples), zero in zip(wanted.tolist(), zeros.tolist(), strict=True):
-                if not zero:
-                    self._found[number] = living_rows(rows, samples)
-                elif zero == rows:
-                    self._found[number] = zero_rows(rows)
-                else:
-                    self._take(number, _part(flat, starts[index], (rows, width)), tally_rows, 0, samples)
-
-    def _make_activations(self, flat: torch.Tensor, starts: IntArray) -> None:
-        cubes = [sides(shape, axis) for _, _, shape, axis, _ in _by_fives(self._activations)]
-        every = [scale_steps(*cube) for cube in cubes]
-        lows, highs, squares = native.ranges_of_many(
-            flat, starts[self._activations[1::5]], np.array(cubes), np.array(every)
-        )
-        end = 0
-        wanted = zip(_by_fives(self._activations), cubes, squares.tolist(), strict=True)
-        for (number, index, shape, axis, slopes), cube, square in wanted:
-            start, end = end, end + cube[1]
-            extent = Extent(cube[0], lows[start:end], highs[start:end], square)
-            if slopes is None:
+        is_native = native.can_measure(flat)
+        activations, gradients = list(_by_fives(self._activations)), list(_by_fives(self._gradients))
+        extents = _extents(flat, starts, activations) if is_native else itertools.repeat(None, len(activations))
+        for (number, index, shape, axis, slopes), extent in zip(activations, extents, strict=True):
+            if extent is not None and slopes is None:
                 self._found[number] = tally_of_range(extent)
             else:
                 self._take(number, _part(flat, starts[index], shape), tally_plain, axis, slopes, extent)
+        zeros = _zeros(flat, starts, gradients) if is_native else itertools.repeat(None, len(gradients))
+        for (number, index, rows, width, samples), zero in zip(gradients, zeros, strict=True):
+            if zero == 0:
+                self._found[number] = living_rows(rows, samples)
+            elif zero == rows:
+                self._found[number] = zero_rows(rows)
+            else:
+                self._take(number, _part(flat, starts[index], (rows, width)), tally_rows, 0, samples)
 
     def _take(self, number: int, part: torch.Tensor, make: Callable[..., object], *arguments: Any) -> None:
         """Make one tally; what goes wrong is told to whoever asks for it, and to nobody else."""
@@ -160,6 +139,29 @@ class LateTallies:
             self._found[number] = tally
         except Exception as error:
             self._found[number] = error
+
+
+def _extents(flat: torch.Tensor, starts: IntArray, wanted: Sequence[tuple[Any, ...]]) -> Iterator[Extent]:
+    """Ranges of the units of all tensors, by one call in C."""
+    if not wanted:
+        return
+    cubes = [sides(shape, axis) for _, _, shape, axis, _ in wanted]
+    every = [scale_steps(*cube) for cube in cubes]
+    places = starts[[index for _, index, *_ in wanted]]
+    lows, highs, squares = native.ranges_of_many(flat, places, np.array(cubes), np.array(every))
+    end = 0
+    for (samples, units, _), square in zip(cubes, squares.tolist(), strict=True):
+        start, end = end, end + units
+        yield Extent(samples, lows[start:end], highs[start:end], square)
+
+
+def _zeros(flat: torch.Tensor, starts: IntArray, wanted: Sequence[tuple[Any, ...]]) -> list[int]:
+    """How many rows of each gradient are zero, by one call in C."""
+    if not wanted:
+        return []
+    _, places, rows, widths, _ = np.array(wanted, np.int64).T
+    zeros: list[int] = native.zero_rows_in(flat, starts[places], rows, widths).tolist()
+    return zeros
 
 
 def _part(flat: torch.Tensor, start: int, shape: tuple[int, ...]) -> torch.Tensor:
