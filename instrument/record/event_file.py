@@ -1,8 +1,8 @@
 """An event file that survives: full disk, vanished directory, fork, and exit without a word.
 
-Records are appended whole by single writes, so that after a kill at any moment the file can be read up to the
-last record. What cannot be written waits in memory and is tried again with the next record; a partial write is
-cut off first, since TensorBoard reads nothing behind a torn record.
+Records are appended one behind the other, so that after a kill at any moment the file can be read up to the last whole
+one. What cannot be written waits in memory and is tried again with the next record; a partial write is cut off first,
+since TensorBoard reads nothing behind a torn record.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from pathlib import Path
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
 
 from instrument.errors import warn_quietly
-from instrument.record.events import frame
+from instrument.record.events import framed
 from instrument.record.runs import EVENT_FILE_PART
 
 __all__ = ["EventFile"]
 
 MAX_BACKLOG_BYTES = 64 << 20
 """What cannot be written may take this much memory; beyond, the oldest is given up."""
+
+CHUNK_BYTES = 256 << 10
+"""What is given to the kernel at once. Where the page cache takes a write of 2 MB as one piece of memory, looking for that
+and clearing it took 1 to 8 ms, and eight of these writes 0.5 ms, on ext4."""
 
 _numbers = itertools.count()
 
@@ -44,7 +48,7 @@ class EventFile:
     def __init__(self, directory: str | os.PathLike[str], suffix: str = "", start_step: int | None = None) -> None:
         self.directory = Path(directory)
         self._suffix = suffix
-        self._backlog: deque[bytes] = deque()
+        self._backlog: deque[tuple[bytes, ...]] = deque()
         self._backlog_bytes = 0
         self._is_failing = False
         self.lost = 0
@@ -65,10 +69,10 @@ class EventFile:
             file_version="brain.Event:2",
             source_metadata=SourceMetadata(writer="instrument"),
         )
-        data = frame(header.SerializeToString())
+        data = framed(header.SerializeToString())
         if start_step is not None:
             start = Event(wall_time=time.time(), step=start_step, session_log=SessionLog(status=SessionLog.START))
-            data += frame(start.SerializeToString())
+            data += framed(start.SerializeToString())
         try:
             self._append(data)
         except OSError:
@@ -83,8 +87,8 @@ class EventFile:
 
     def write(self, *parts: bytes) -> None:
         """Append a serialised event, given in parts, or keep it until that is possible; never raises."""
-        self._backlog.append(frame(*parts))
-        self._backlog_bytes += len(self._backlog[-1])
+        self._backlog.append(framed(*parts))
+        self._backlog_bytes += _size(self._backlog[-1])
         try:
             self._write_backlog()
         except OSError as error:
@@ -114,7 +118,7 @@ class EventFile:
         if not self.is_ours:
             # A forked child: the file is its parent's. It goes on in a file of its own, without a START record.
             self._backlog = deque([self._backlog[-1]])
-            self._backlog_bytes = len(self._backlog[0])
+            self._backlog_bytes = _size(self._backlog[0])
             self._close_file()
             self._open(None)
         elif self._has_vanished():
@@ -123,20 +127,21 @@ class EventFile:
             warn_quietly(f"the event file in {self.directory} has vanished; writing goes on in {self.path.name}")
         while self._backlog:
             self._append(self._backlog[0])
-            self._backlog_bytes -= len(self._backlog.popleft())
+            self._backlog_bytes -= _size(self._backlog.popleft())
         self._is_failing = False
 
-    def _append(self, data: bytes) -> None:
-        """Append data whole or not at all."""
+    def _append(self, parts: tuple[bytes, ...]) -> None:
+        """Append what was framed whole or not at all."""
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._file, view) :]
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    view = view[os.write(self._file, view[:CHUNK_BYTES]) :]
         except OSError:
             if self._file >= 0:
                 os.ftruncate(self._file, self._good)
             raise
-        self._good += len(data)
+        self._good += _size(parts)
 
     def _has_vanished(self) -> bool:
         if self._file < 0:
@@ -153,7 +158,7 @@ class EventFile:
 
     def _fail(self, error: OSError) -> None:
         while self._backlog_bytes > MAX_BACKLOG_BYTES:
-            self._backlog_bytes -= len(self._backlog.popleft())
+            self._backlog_bytes -= _size(self._backlog.popleft())
             self.lost += 1
         if not self._is_failing:
             self._is_failing = True
@@ -161,3 +166,7 @@ class EventFile:
                 f"events cannot be written to {self.directory}: {error}; they are kept in memory and tried again, "
                 "training goes on"
             )
+
+
+def _size(parts: tuple[bytes, ...]) -> int:
+    return sum(map(len, parts))
