@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from instrument.capture.names import Site
 from instrument.config import Config
 from instrument.diagnose.diagnostics.registry import DIAGNOSTICS, ONCE, Diagnostic
-from instrument.diagnose.findings import Finding, Level
+from instrument.diagnose.findings import Finding
 from instrument.diagnose.readings import NO_UNITS, ParameterTraits, Reading
 from instrument.diagnose.units import UnitStatus, UnitWindows
 from instrument.errors import warn_quietly
@@ -36,6 +36,19 @@ class Examination:
     """Whether units were judged, and histograms are written."""
     is_last: bool = False
     """Whether the training is over."""
+
+
+class _Seen:
+    """When something was found last, and how bad it was when it was told.
+
+    One for each, and changed: where gradients vanish, hundreds of findings come again each step.
+    """
+
+    __slots__ = ("level", "step")
+
+    def __init__(self, finding: Finding) -> None:
+        self.level = finding.level
+        self.step = finding.step
 
 
 class Doctor:
@@ -78,12 +91,8 @@ class Doctor:
         self._waiting: deque[tuple[StepRecord, bool]] = deque()
         self._done: deque[Examination] = deque()
         self._told: list[Finding] = []
-        # Hundreds of findings come again each step where gradients vanish: of each its key is kept once, and no pair of
-        # numbers is made anew, for the sake of the garbage collector.
-        self._keys: dict[_Key, _Key] = {}
-        self._seen_level: dict[_Key, Level] = {}
-        self._seen_at: dict[_Key, int] = {}
-        self._active: dict[_Key, Finding] = {}
+        self._seen: dict[_Key, _Seen] = {}
+        self._active: dict[_Seen, Finding] = {}
         self._units: dict[str, UnitStatus] = {}
         self._judged_at: int | None = None
 
@@ -198,22 +207,24 @@ class Doctor:
             self.readings[-1] = dataclasses.replace(self.readings[-1], units=NO_UNITS)
         self.readings.append(reading)
         readings = tuple(self.readings)
-        active: dict[_Key, Finding] = {}
+        active: dict[_Seen, Finding] = {}
         told = []
         for diagnostic in tuple(self._diagnostics):
+            is_once = diagnostic.__name__ in ONCE
             for finding in self._ask(diagnostic, readings):
-                is_once = diagnostic.__name__ in ONCE
-                if self._is_new(finding, is_once):
+                seen, is_new = self._see(finding, is_once)
+                if is_new:
                     told.append(finding)
                 elif is_once:  # the first offender is what matters, not who passes it on now
                     finding = next(
                         (old for old in reversed(self._told) if old.diagnostic == finding.diagnostic), finding
                     )
-                active[self._key(finding.diagnostic, finding.site)] = finding
+                active[seen] = finding
         if not reading.units:  # units are judged on some readings only; in between, what was found of them stands
-            kept = {key: old for key, old in self._active.items() if key[0] in _OF_UNITS}
+            kept = {seen: old for seen, old in self._active.items() if old.diagnostic in _OF_UNITS}
             active = {**kept, **active}
-            self._seen_at.update(dict.fromkeys(kept, reading.step))
+            for seen in kept:
+                seen.step = reading.step
         self._active = active
         self._told += told
         return tuple(told)
@@ -237,8 +248,9 @@ class Doctor:
         self._told = [finding for finding in self._told if finding.step < step]
         known = {(finding.diagnostic, finding.site) for finding in self._told}
         known |= {(finding.diagnostic, None) for finding in self._told if finding.diagnostic in ONCE}
-        self._seen_level = {key: level for key, level in self._seen_level.items() if key in known}
-        self._seen_at = {key: min(last, step) for key, last in self._seen_at.items() if key in known}
+        self._seen = {key: seen for key, seen in self._seen.items() if key in known}
+        for seen in self._seen.values():
+            seen.step = min(seen.step, step)
 
     def _ask(self, diagnostic: Diagnostic, readings: tuple[Reading, ...]) -> list[Finding]:
         try:
@@ -252,19 +264,18 @@ class Doctor:
             )
             return []
 
-    def _is_new(self, finding: Finding, is_once: bool) -> bool:
-        """Whether a finding is to be told: never before, or worse, or back after the cooldown."""
-        key = self._key(finding.diagnostic, None if is_once else finding.site)
-        level, step = self._seen_level.get(key, finding.level), self._seen_at.get(key)
-        is_worse = finding.level > level
-        is_back = step is not None and finding.step - step > self._config.finding_cooldown
-        self._seen_level[key] = finding.level if is_worse or is_back else level
-        self._seen_at[key] = finding.step
-        return step is None or is_worse or is_back
-
-    def _key(self, diagnostic: str, site: Site | None) -> _Key:
-        key = diagnostic, site
-        return self._keys.setdefault(key, key)
+    def _see(self, finding: Finding, is_once: bool) -> tuple[_Seen, bool]:
+        """Remember a finding; and whether it is to be told: never before, or worse, or back after the cooldown."""
+        key = finding.diagnostic, None if is_once else finding.site
+        seen = self._seen.get(key)
+        if seen is None:
+            seen = self._seen[key] = _Seen(finding)
+            return seen, True
+        is_new = finding.level > seen.level or finding.step - seen.step > self._config.finding_cooldown
+        if is_new:
+            seen.level = finding.level
+        seen.step = finding.step
+        return seen, is_new
 
 
 _OF_UNITS = frozenset({"dead_units", "saturated_units"})

@@ -60,6 +60,12 @@ class Finding:
     sentence: str
     """What it means and what to try, for somebody who has never heard of it."""
 
+    def on(self, step: int) -> Finding:
+        """The same, found on another step."""
+        found = object.__new__(Finding)  # a frozen dataclass sets its fields by one slow call each
+        found.__dict__.update(self.__dict__, step=step)
+        return found
+
     def as_dict(self) -> dict[str, Any]:
         """The same for programs; numbers that JSON does not know are None."""
         return {

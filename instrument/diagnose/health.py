@@ -146,7 +146,7 @@ def _newest(readings: Sequence[Reading], kind: str, statistic: str) -> dict[str,
     """The newest value of each site, in the order of execution; NaN where some are NaN, or nothing is finite."""
     found: dict[str, float] = {}
     for reading in readings:
-        found.update(reading.column(kind, statistic))
+        found.update(reading.column(kind, statistic).items())
         if statistic == "rms":
             # That of the finite values alone would be a healthy number beside a gradient that is NaN but for zeros.
             found.update((name, math.nan) for name, count in reading.column(kind, "nan_count").items() if count)

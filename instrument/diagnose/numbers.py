@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import ItemsView, Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
 
 from instrument.measure.histogram import FloatArray, IntArray
+from instrument.measure.units import BoolArray
 from instrument.record.statistics import COLUMNS
 from instrument.record.tags import COUNTS, Tag, parse_tag
 
@@ -90,9 +91,10 @@ class Numbers(Mapping[Tag, float]):
         """The rows of a kind in the table."""
         return self._layout.rows.get(kind, _NO_ROWS)
 
-    def above_zero(self, kind: str, statistic: str) -> Iterator[str]:
-        """Names of the sites of a kind whose statistic is above zero."""
-        is_above = self._table[self.rows(kind), _PLACES[statistic]] > 0
+    def above_zero(self, kind: str, statistics: Sequence[str]) -> Iterator[str]:
+        """Names of the sites of a kind of which one of some statistics is above zero."""
+        columns = self._table[self.rows(kind)][:, [_PLACES[statistic] for statistic in statistics]]
+        is_above: BoolArray = (columns > 0).any(axis=1)
         return itertools.compress(self._layout.names.get(kind, ()), is_above.tolist())
 
     def further(self) -> Mapping[Tag, float]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -181,11 +181,14 @@ class Reading:
             return self.values.column(kind, statistic)
         return self._columns.get((kind, statistic), {})
 
-    def above_zero(self, kind: str, statistic: str) -> Iterable[str]:
-        """Names of the sites of a kind of which a statistic of every tensor is above zero."""
+    @functools.cached_property
+    def with_gradient(self) -> frozenset[str]:
+        """Names of the parameters whose gradient is not zero in whole."""
+        statistics = ("abs_max", "nan_count", "inf_count")
         if isinstance(self.values, Numbers):
-            return self.values.above_zero(kind, statistic)
-        return [name for name, value in self.column(kind, statistic).items() if value > 0]
+            return frozenset(self.values.above_zero("gradients", statistics))
+        columns = (self.column("gradients", statistic) for statistic in statistics)
+        return frozenset(name for column in columns for name, value in column.items() if value > 0)
 
     def derived(self) -> dict[Tag, float]:
         """The numbers that the statistics of no single tensor tell; see `DERIVED`."""

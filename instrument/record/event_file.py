@@ -26,8 +26,8 @@ MAX_BACKLOG_BYTES = 64 << 20
 """What cannot be written may take this much memory; beyond, the oldest is given up."""
 
 CHUNK_BYTES = 256 << 10
-"""What is given to the kernel at once. Where the page cache takes a write of 2 MB as one piece of memory, looking for that
-and clearing it took 1 to 8 ms, and eight of these writes 0.5 ms, on ext4."""
+"""What is given to the kernel at once. Where the page cache takes a write of 2 MB as one piece of memory, looking for
+that and clearing it took 1 to 8 ms, and eight of these writes 0.5 ms, on ext4."""
 
 _numbers = itertools.count()
 

@@ -83,22 +83,22 @@ def _profiles(readings: Sequence[Reading], kind: str, config: Config) -> Iterato
     recent = newest(readings, config.depth_checks, lambda reading: reading.column(kind, "rms"))
     # Dictionaries of Python's own: a few hundred look-ups in each take less than one each by a method of ours.
     columns = [dict(reading.column(kind, "rms").items()) for reading in recent]
-    groups: dict[str, list[str]] = {}
-    for name in columns[-1] if columns else ():
-        traits = readings[-1].parameters.get(name)
-        if traits is None or traits.ndim >= _MATRIX:
-            groups.setdefault(_role(name), []).append(name)
-    for names in groups.values():
-        if len(names) < _FEWEST_LAYERS:
-            continue
+    traits = readings[-1].parameters
+    layers = [name for name in columns[-1] if name not in traits or traits[name].ndim >= _MATRIX] if columns else ()
+    for names in _of_one_role(tuple(layers)):
+        sizes = np.array([[column.get(name, 0.0) for name in names] for column in columns])
         # A layer whose gradient is zero stops everything behind it; that is no trend, and is told elsewhere.
-        if all(0.0 < column.get(name, 0.0) < math.inf for name in names for column in columns):
-            series = [[column[name] for column in columns] for name in names]
-            yield names, [10.0 ** (math.fsum(map(math.log10, values)) / len(values)) for values in series]
+        if ((sizes > 0.0) & (sizes < math.inf)).all():
+            yield names, (10.0 ** np.log10(sizes).mean(axis=0)).tolist()
 
 
-_role = functools.lru_cache(maxsize=65_536)(role)
-"""The same names come again each step."""
+@functools.lru_cache(maxsize=16)
+def _of_one_role(layers: tuple[str, ...]) -> list[list[str]]:
+    """Names of the layers of each role, where there are enough of them; the same come again each step."""
+    groups: dict[str, list[str]] = {}
+    for name in layers:
+        groups.setdefault(role(name), []).append(name)
+    return [names for names in groups.values() if len(names) >= _FEWEST_LAYERS]
 
 
 def _trend(sizes: list[float]) -> float:

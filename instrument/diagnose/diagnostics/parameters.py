@@ -23,24 +23,18 @@ def no_gradient(readings: Sequence[Reading], config: Config) -> Iterator[Finding
     if not recent:
         return
     last = readings[-1]
-    columns = [reading.column("gradients", "abs_max") for reading in recent]
-    have_one: set[str] = set()
-    for reading in recent:
-        for statistic in ("abs_max", "nan_count", "inf_count"):
-            have_one.update(reading.above_zero("gradients", statistic))
-    for name, traits in last.parameters.items():
-        if not traits.requires_grad or name in have_one:
-            continue
-        is_there = any(name in column for column in columns)
-        yield Finding(
-            Level.WARN, "no_gradient", site_of("gradients", name), last.step, 0.0, 0.0, "gradient",
-            _without_gradient(name, is_there, len(recent)),
-        )  # fmt: skip
+    have_one = frozenset[str]().union(*(reading.with_gradient for reading in recent))
+    lacking = [name for name, traits in last.parameters.items() if traits.requires_grad and name not in have_one]
+    if lacking:
+        columns = [reading.column("gradients", "abs_max") for reading in reversed(recent)]
+        for name in lacking:
+            is_there = name in columns[0] or any(name in column for column in columns)
+            yield _without_gradient(name, is_there, len(recent)).on(last.step)
 
 
 @functools.lru_cache(maxsize=4096)
-def _without_gradient(name: str, is_there: bool, readings: int) -> str:
-    """The words for a parameter, which come again each step: where gradients vanish there are hundreds of them."""
+def _without_gradient(name: str, is_there: bool, readings: int) -> Finding:
+    """What is said of a parameter; it comes again each step, and where gradients vanish there are hundreds of them."""
     what = "has a gradient of nothing but zeros" if is_there else "has never had a gradient"
     why = (
         "Nothing flows back to it: a dead layer, a detach() or a multiplication by zero lies behind it."
@@ -48,7 +42,10 @@ def _without_gradient(name: str, is_there: bool, readings: int) -> str:
         else "Either nothing that leads to the loss uses it, or it was not given to the optimizer: check forward() "
         "and optimizer.param_groups, or set requires_grad to False if that is meant."
     )
-    return f"{name} {what} on the last {readings} readings, so it does not learn. {why}"
+    return Finding(
+        Level.WARN, "no_gradient", site_of("gradients", name), 0, 0.0, 0.0, "gradient",
+        f"{name} {what} on the last {readings} readings, so it does not learn. {why}",
+    )  # fmt: skip
 
 
 def unchanged(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
