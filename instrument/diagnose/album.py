@@ -1,13 +1,14 @@
 """The pictures of a run as it goes on: how often each unit fired through time, and scale through depth.
 
 TensorBoard keeps ten pictures of a tag, the newest among them, so each shows the whole history. A picture takes some
-10 ms to draw, whatever the step cost; so they are drawn at flush 1, 2, 4, 8 ... and at the end. Of many layers they are
-drawn by and by, in the flushes that follow.
+10 ms to draw, whatever the step cost; so they are drawn at flush 1, 2, 4, 8 ... and at the end. Where that would take
+more than a small share of the time between two flushes, they are drawn by and by, in the flushes that follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -23,14 +24,21 @@ PROFILES = {"activations": "rms of activations by depth", "gradients": "rms of g
 PROFILE_STATISTIC = "by_depth"
 PROFILE_NAME = "rms"
 
-AT_ONCE = 8
-"""Unit maps that are drawn after one flush, unless the training is over: those of hundreds of layers take seconds."""
+SHARE = 0.02
+"""Of the time since the flush before, how much unit maps may take, unless the training is over; one is always drawn.
+Those of 400 layers, whose steps take 75 ms, would take as long as 60 of these."""
 
 
 class Album:
-    """Remembers what the pictures of a run show, and draws them; used by one thread at a time."""
+    """Remembers what the pictures of a run show, and draws them; used by one thread at a time.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Gives seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._flushed = clock()
         self._units = UnitHistory()
         self._first: dict[str, tuple[int, Mapping[str, float]]] = {}
         self._last: dict[str, tuple[int, Mapping[str, float]]] = {}
@@ -61,10 +69,14 @@ class Album:
         return [*(value for value in profiles if value is not None), *self._maps(is_last)]
 
     def _maps(self, is_last: bool) -> Iterator[Summary.Value]:
-        """The unit maps that are due, all of them or as many as may be drawn at once."""
-        for name in list(self._due)[: None if is_last else AT_ONCE]:
+        """The unit maps that are due, all of them or as many as there is time for."""
+        now, before = self._clock(), self._flushed
+        self._flushed = now
+        for name in list(self._due):
             yield self._units.value(name)
             del self._due[name]
+            if not is_last and self._clock() - now >= SHARE * (now - before):
+                return
 
     def _profile(self, kind: str) -> Summary.Value | None:
         first, then = self._first[kind]

@@ -94,7 +94,7 @@ class Numbers(Mapping[Tag, float]):
     def above_zero(self, kind: str, statistics: Sequence[str]) -> Iterator[str]:
         """Names of the sites of a kind of which one of some statistics is above zero."""
         columns = self._table[self.rows(kind)][:, [_PLACES[statistic] for statistic in statistics]]
-        is_above: BoolArray = (columns > 0).any(axis=1)
+        is_above: BoolArray = np.logical_or.reduce(columns > 0, axis=1)
         return itertools.compress(self._layout.names.get(kind, ()), is_above.tolist())
 
     def further(self) -> Mapping[Tag, float]:
