@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,61 +19,15 @@ from instrument.measure.groups import Group
 from instrument.measure.histogram import FloatArray
 from instrument.measure.pending import ALONE, PLACES, Pending, Source, Together
 from instrument.measure.sketch import Sketch
-from instrument.measure.units import DeviceTally, LateTally, UnitTally, merge_tallies
+from instrument.measure.units import DeviceTally, UnitTally, merge_tallies
 from instrument.record.packing import SketchStore
 from instrument.record.tags import tag_of
+from instrument.record.tallies import NO_UNITS, Tallies, Tally, group_at
 
 __all__ = ["Buffer", "StepRecord", "Traits"]
 
 MERGE_AFTER = 8
 """Sketches or tallies of one site that are kept apart before they are merged: micro-batches must not pile up."""
-
-
-Tally: TypeAlias = "UnitTally | DeviceTally | LateTally"
-
-NO_UNITS: Mapping[str, UnitTally] = MappingProxyType({})
-
-
-class _Tallies(Mapping[str, UnitTally]):
-    """Tallies of one step, merged when they are asked for: those on a device are waited for then, by whoever asks."""
-
-    __slots__ = ("_parts", "_sources")
-
-    def __init__(self, parts: Mapping[str, int | Tally | list[Tally]], sources: Sequence[Source] = ()) -> None:
-        self._parts = dict(parts)
-        self._sources = sources
-
-    def __getitem__(self, name: str) -> UnitTally:
-        parts = self._parts[name]
-        if isinstance(parts, UnitTally):
-            return parts
-        if isinstance(parts, int):
-            found = _group_at(parts, self._sources).made(parts % PLACES)
-        else:
-            found = merge_tallies(parts if isinstance(parts, list) else (parts,))
-        self._parts[name] = found
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def without(self, names: Iterable[str]) -> _Tallies:
-        """Those of other names."""
-        left_out = frozenset(names)
-        kept = {name: parts for name, parts in self._parts.items() if name not in left_out}
-        return _Tallies(kept, self._sources)
-
-    def beside(self, others: Mapping[str, UnitTally]) -> _Tallies:
-        """These and others of the same step."""
-        earlier = others.loose() if isinstance(others, _Tallies) else {}
-        return _Tallies({**earlier, **self.loose()})
-
-    def loose(self) -> dict[str, Tally | list[Tally]]:
-        """Name to tally, or to what will give it."""
-        return {name: _loose_tally(parts, self._sources) for name, parts in self._parts.items()}
 
 
 class Traits(NamedTuple):
@@ -157,14 +111,14 @@ class StepRecord(Mapping[str, Sketch]):
 
     def joined(self, later: StepRecord) -> StepRecord:
         """This record with what a later one of the same step adds to it."""
-        units = later.units.beside(self.units) if isinstance(later.units, _Tallies) else {**self.units, **later.units}
+        units = later.units.beside(self.units) if isinstance(later.units, Tallies) else {**self.units, **later.units}
         sketches = {**self._sketches.as_they_are(), **later._sketches.as_they_are()}
         traits = {**self.traits, **later.traits}
         return StepRecord(self.step, sketches, later.wall_time, later.skipped, units, traits=traits)
 
     def without(self, earlier: StepRecord) -> StepRecord:
         """What this record has more than an earlier one of the same step."""
-        units = self.units.without(earlier.units) if isinstance(self.units, _Tallies) else self.units
+        units = self.units.without(earlier.units) if isinstance(self.units, Tallies) else self.units
         sketches = {tag: sketch for tag, sketch in self._sketches.as_they_are().items() if tag not in earlier}
         traits = {tag: found for tag, found in self.traits.items() if tag not in earlier}
         return StepRecord(self.step, sketches, self.wall_time, self.skipped, units, traits=traits)
@@ -281,7 +235,7 @@ class Buffer:
         """How many samples the step has of a module's units, as far as that is known without waiting."""
         found = self._units.get(name, ())
         if isinstance(found, int):
-            return _group_at(found, self._sources).samples_of(found % PLACES)
+            return group_at(found, self._sources).samples_of(found % PLACES)
         tallies = found if isinstance(found, (list, tuple)) else (found,)
         return sum(tally.samples for tally in tallies if not isinstance(tally, DeviceTally))
 
@@ -343,7 +297,7 @@ class Buffer:
             What is new and is to be written, or None where nothing was collected.
         """
         step, parts, sources = self.step, self._parts, self._sources
-        units = _Tallies(self._units, sources)
+        units = Tallies(self._units, sources)
         self.step, self._parts, self._sources, self._numbers, self._units = None, {}, [], {}, {}
         if step is None or not parts:
             return None
@@ -373,15 +327,3 @@ def _merged(parts: int | Sketch | Pending | list[Sketch | Pending]) -> int | Ske
     if not isinstance(parts, list):
         return parts
     return Together(parts)
-
-
-def _group_at(place: int, sources: Sequence[Source]) -> Group:
-    """The group that makes the tally of a place."""
-    group = sources[place // PLACES]
-    assert isinstance(group, Group)
-    return group
-
-
-def _loose_tally(parts: int | Tally | list[Tally], sources: Sequence[Source]) -> Tally | list[Tally]:
-    """What will give a tally, without the sources."""
-    return _group_at(parts, sources).late(parts % PLACES) if isinstance(parts, int) else parts

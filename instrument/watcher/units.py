@@ -35,7 +35,7 @@ from instrument.measure.pending import ALONE
 from instrument.measure.slopes import Slopes, slopes_named, slopes_of
 from instrument.measure.tensors import whole
 from instrument.measure.units import Extent, UnitTally, extent_of, tally_plain, tally_rows
-from instrument.record.buffer import Tally
+from instrument.record.tallies import Tally
 from instrument.torch_private import Unseen, can_hide, children_of, parameters_of, version_of
 
 __all__ = ["UnitJudge"]
