@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import math
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from instrument.measure.segments import sketches_of
 from instrument.measure.sketch import Sketch
 from instrument.measure.slopes import Slopes
 from instrument.measure.tensors import PLAIN
-from instrument.measure.units import LateTallies, LateTally, UnitTally
+from instrument.measure.units import LateTallies, LateTally, Ranges, UnitTally
 from instrument.torch_private import Unseen, flattened
 
 __all__ = ["GROUP", "SMALL", "ArrivingGroup", "GatheredGroup", "Group", "Later", "small"]
@@ -190,6 +191,20 @@ class Group(abc.ABC):
     def samples_of(self, number: int) -> int:
         """How many samples the tally of this number is of."""
         return self._wanted.samples[number]
+
+    def ranges(self, numbers: Sequence[int]) -> tuple[list[int], Ranges]:
+        """Of which of some tallies the range is all there is; what waits is measured now unless that is done.
+
+        Args:
+            numbers: Numbers of tallies, rising.
+
+        Returns:
+            Their places among those given, and the ranges.
+        """
+        if self._found is None:
+            with contextlib.suppress(Exception):  # `made` raises for each
+                self.sketches()
+        return self._wanted.ranges(numbers)
 
     def made(self, number: int) -> UnitTally:
         """The tally of this number; what waits is measured now unless that is done.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeAlias
 
+import numpy as np
+
 from instrument.measure.groups import Group
 from instrument.measure.pending import PLACES, Source
-from instrument.measure.units import DeviceTally, LateTally, UnitTally, merge_tallies
+from instrument.measure.units import DeviceTally, LateTally, Ranges, UnitTally, merge_tallies
 
 __all__ = ["NO_UNITS", "Tallies", "Tally", "group_at"]
 
@@ -31,9 +34,8 @@ class Tallies(Mapping[str, UnitTally]):
         if isinstance(parts, UnitTally):
             return parts
         if isinstance(parts, int):
-            found = group_at(parts, self._sources).made(parts % PLACES)
-        else:
-            found = merge_tallies(parts if isinstance(parts, list) else (parts,))
+            return group_at(parts, self._sources).made(parts % PLACES)
+        found = merge_tallies(parts if isinstance(parts, list) else (parts,))
         self._parts[name] = found
         return found
 
@@ -42,6 +44,30 @@ class Tallies(Mapping[str, UnitTally]):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+    def ranges(self) -> list[tuple[tuple[str, ...], Ranges]]:
+        """Those of ranges alone that were made together: names and ranges, by the number of samples."""
+        groups: dict[int, tuple[list[str], list[int]]] = {}
+        for name, parts in self._parts.items():
+            if type(parts) is int:
+                names, numbers = groups.setdefault(parts // PLACES, ([], []))
+                names.append(name)
+                numbers.append(parts % PLACES)
+        every: list[str] = []
+        found: list[Ranges] = []
+        for source, (names, numbers) in groups.items():
+            if all(map(operator.lt, numbers, numbers[1:])):
+                places, ranges = group_at(source * PLACES, self._sources).ranges(numbers)
+                every += (names[place] for place in places)
+                found.append(ranges)
+        if not every:
+            return []
+        together = Ranges.joined(found)
+        sizes = np.unique(together.samples)
+        if sizes.size == 1:
+            return [(tuple(every), together)]
+        rows = (np.flatnonzero(together.samples == size) for size in sizes)
+        return [(tuple(every[row] for row in each), together.take(each)) for each in rows]
 
     def without(self, names: Iterable[str]) -> Tallies:
         """Those of other names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,11 +14,15 @@ from hypothesis import strategies as st
 
 from instrument.config import Config
 from instrument.diagnose.units import UnitStatus, UnitWindows, decode, encode
-from instrument.diagnose.units.windows import _Span
+from instrument.diagnose.units.window import Span
 from instrument.errors import RunError
+from instrument.measure.batch import Batch
+from instrument.measure.groups import ArrivingGroup
+from instrument.measure.pending import PLACES
 from instrument.measure.slopes import slopes_named
 from instrument.measure.units import UnitTally, merge_tallies, tally_rows, tally_units
 from instrument.record.buffer import StepRecord
+from instrument.record.tallies import Tallies, Tally
 
 DEAD, ALIVE = -1.0, 1.0
 
@@ -265,7 +270,7 @@ def test_a_span_is_the_tallies_of_its_steps_merged(data: st.DataObject) -> None:
         assert isinstance(tally, UnitTally)
         made.setdefault(seed, tally)
     tallies = [made[seed] for seed in seeds]
-    span = _Span(0, tallies[0])
+    span = Span(0, tallies[0])
     for step, tally in enumerate(tallies[1:], 1):
         if data.draw(st.booleans()):
             before = span.tally
@@ -285,6 +290,70 @@ def test_a_span_is_the_tallies_of_its_steps_merged(data: st.DataObject) -> None:
     ):
         assert one.tolist() == other.tolist()
     assert found.square_mean == pytest.approx(expected.square_mean, rel=1e-12)
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data())
+def test_modules_followed_together_are_judged_as_one_by_one(data: st.DataObject) -> None:
+    """Whichever modules run on a step, on how many samples, with a nonlinearity or not, and however often one runs."""
+    one_by_one, together = windows(64, 8), windows(64, 8)
+    names = ["a", "b", "c", "d"]
+    for step in range(data.draw(st.integers(1, 30))):
+        is_usual = data.draw(st.integers(0, 3))
+        ran = names if is_usual else data.draw(st.permutations([*names, "e"]).map(lambda every: every[:3]))
+        samples, batch = data.draw(st.sampled_from([8, 8, 5])), Batch()
+        alone: dict[str, UnitTally] = {}
+        waiting: dict[str, int | Tally | list[Tally]] = {}
+        groups: list[ArrivingGroup] = []
+        for name in ran:
+            units = 2 if is_usual else data.draw(st.integers(2, 3))
+            function = "relu" if name == "d" else None
+            z = torch.randn((samples, units), generator=torch.Generator().manual_seed(step))
+            z[:, 0] = ord(name)
+            if name == "c" and data.draw(st.booleans()):
+                z[0, 1] = data.draw(st.sampled_from([math.nan, math.inf, 1e-9]))
+            slopes = slopes_named(function) if function else None
+            tally = tally_units(z, 1, slopes)
+            assert isinstance(tally, UnitTally)
+            group, place = batch.put(z)
+            assert isinstance(group, ArrivingGroup)
+            number = group.tally(place, tuple(z.shape), 1, slopes)
+            assert number is not None
+            if group not in groups:
+                groups.append(group)
+            if data.draw(st.integers(0, 9)) == 0:  # ran twice
+                alone[name], waiting[name] = tally.merge(tally), [group.late(number), group.late(number)]
+            else:
+                alone[name], waiting[name] = tally, groups.index(group) * PLACES + number
+            if data.draw(st.integers(0, 3)) == 0:
+                batch.cut()
+        one_by_one.add(StepRecord(step, {}, 0.0, units=alone))
+        together.add(StepRecord(step, {}, 0.0, units=Tallies(waiting, groups)))
+        if data.draw(st.booleans()):
+            expected, found = one_by_one.judge(), together.judge()
+            assert list(found) == list(expected)
+            assert found == expected
+
+
+def test_hundreds_of_modules_are_followed_together() -> None:
+    """No tally is made of any, on the first step or later, as long as all are measured together."""
+    followed = windows()
+    for step in range(5):
+        batch, waiting = Batch(), {}
+        for number in range(40):
+            group, place = batch.put(torch.full((8, 3), float(step)))
+            assert isinstance(group, ArrivingGroup)
+            tally = group.tally(place, (8, 3), 1, None)
+            assert tally is not None
+            waiting[f"layers.{number}"] = tally
+        assert isinstance(group, ArrivingGroup)
+        tallies = Tallies(waiting, [group])
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Tallies, "__getitem__", lambda self, name: pytest.fail(f"{name} was made"))
+            followed.add(StepRecord(step, {}, 0.0, units=tallies))
+    found = followed.status()
+    assert len(found) == 40
+    assert {(s.samples, s.batches, s.verdict, s.constant) for s in found.values()} == {(32, 4, "ok", ())}
 
 
 def test_units_whose_tally_fails_are_left_out_and_the_others_are_not(recwarn: pytest.WarningsRecorder) -> None:

@@ -4,197 +4,22 @@ One batch decides badly: on a ReLU network in which 5.9 % of the units are dead,
 0.65 of its verdicts, silence over 4096 samples in 0.95 and more. So nothing is said of a unit until a whole *window*
 has been seen (`dead_window_samples` and `dead_window_batches`, both), and beside every verdict stands what it is worth:
 a unit that was silent on n samples fires, with 95 % confidence, on less than 3/n of them (the rule of three).
-
-Windows are kept in quarters: four that are full and one that fills. The evidence is always all of them: from a window
-to one and a quarter, and never empty. Halves reach back further: a training of 800 steps in batches of 64, of which
-every tenth is sampled, then ends with evidence from its first step, and of the dead units 1 % are found instead of
-94 %. Windows that do not overlap, of four quarters each, are compared with one another: units that came alive, that
-died, and the share of the dead that are dead still (Sokar et al. 2023).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
-
-import numpy as np
 
 from instrument.config import Config
-from instrument.diagnose.units.status import Indices, UnitStatus
+from instrument.diagnose.units.ranges import RangeWindow
+from instrument.diagnose.units.status import UnitStatus
+from instrument.diagnose.units.window import Window
 from instrument.errors import warn_quietly
-from instrument.measure.units import BoolArray, UnitTally, merge_tallies
+from instrument.measure.units import UnitTally
 from instrument.record.buffer import StepRecord
+from instrument.record.tallies import Tallies
 
-__all__ = ["CONSTANT_RANGE", "RARE_RATE", "UnitWindows"]
-
-CONSTANT_RANGE = 1e-6
-"""Range of a constant unit, of the root mean square of its layer: a few units in the last place of float32."""
-
-PARTS = 4
-"""Parts of a window; one that is full pushes out the oldest."""
-
-RARE_RATE = 0.01
-"""Share of samples on which a rare unit is not flat, at most."""
-
-
-class _Span:
-    """What the tallies of some steps make together; arrays are made anew, so that what was given out stays."""
-
-    __slots__ = (
-        "_again", "_counted", "_dead", "_flat", "_high", "_last", "_low", "_never", "_squares", "batches", "first_step",
-        "last_step", "samples",
-    )  # fmt: skip
-
-    def __init__(self, step: int, tally: UnitTally) -> None:
-        self.first_step = self.last_step = step
-        self.samples = tally.samples
-        self.batches = tally.batches
-        self._counted = tally.counted
-        self._squares = tally.square_mean * tally.samples
-        self._low, self._high, self._flat = tally.low, tally.high, tally.flat
-        self._dead, self._never = tally.dead_flat, tally.never_flat
-        self._last = tally
-        self._again = 0
-
-    def add(self, step: int, tally: UnitTally) -> None:
-        """Add the tally of a later step, of the same units."""
-        self.last_step = step
-        self.samples += tally.samples
-        self.batches += tally.batches
-        if tally is self._last:  # most gradients have no row of zeros, and share one tally
-            self._again += 1
-            return
-        self._count_again()
-        self._counted += tally.counted
-        self._squares += tally.square_mean * tally.samples
-        self._low, self._high = np.minimum(self._low, tally.low), np.maximum(self._high, tally.high)
-        if tally.counted:
-            self._flat = self._flat + tally.flat
-        # Tallies that tell of the range alone share their flags.
-        if tally.dead_flat is not self._dead:
-            self._dead = self._dead & tally.dead_flat
-        if tally.never_flat is not self._never:
-            self._never = self._never & tally.never_flat
-        self._last = tally
-
-    @property
-    def tally(self) -> UnitTally:
-        """All of them merged; see `merge_tallies`."""
-        self._count_again()
-        last = self._last
-        square_mean = self._squares / self.samples if self.samples else 0.0
-        return UnitTally(
-            last.function, self.samples, self.batches, self._low, self._high, self._counted, self._flat, self._dead,
-            self._never, square_mean, last.witness,
-        )  # fmt: skip
-
-    def _count_again(self) -> None:
-        """Have the last tally stand for all the times that it came."""
-        if self._again:
-            last = self._last
-            self._counted += self._again * last.counted
-            self._squares += self._again * last.square_mean * last.samples
-            self._flat = self._flat + self._again * last.flat
-            self._again = 0
-
-
-class _Window:
-    """The evidence of one module or gradient, in parts, and what the last whole windows found."""
-
-    def __init__(self, tally: UnitTally, config: Config) -> None:
-        self.parts: list[_Span] = []
-        """The last full parts, `PARTS` at most."""
-        self.filling: _Span | None = None
-        self.interval: _Span | None = None
-        """Steps since the units were judged last, to which rates belong."""
-        self.is_judged = False
-        """Whether the interval is over, so that the next step begins another."""
-        self.pattern = tally
-        self.full_parts = 0
-        self.dead_windows = 0
-        self.saturated_windows = 0
-        self.dead: BoolArray | None = None
-        self.births: Indices = ()
-        self.deaths: Indices = ()
-        self.still_dead: float | None = None
-        self._config = config
-
-    def add(self, step: int, tally: UnitTally) -> None:
-        """Add what was seen in one step."""
-        self.filling = _joined(self.filling, step, tally)
-        self.interval = _joined(None if self.is_judged else self.interval, step, tally)
-        self.is_judged = False
-        if self._is_part(self.filling):
-            self.parts = [*self.parts[1 - PARTS :], self.filling]
-            self.filling = None
-            self.full_parts += 1
-            if self.full_parts % PARTS == 0:
-                self._compare(merge_tallies(part.tally for part in self.parts))
-
-    def _is_part(self, span: _Span) -> bool:
-        return (
-            PARTS * span.samples >= self._config.dead_window_samples
-            and PARTS * span.batches >= self._config.dead_window_batches
-        )
-
-    def _compare(self, window: UnitTally) -> None:
-        """A window is whole: hold what is dead in it against the one before."""
-        dead, before = window.dead_flat, self.dead
-        self.dead_windows = self.dead_windows + 1 if dead.any() else 0
-        is_saturated = self._is_saturated(window)
-        self.saturated_windows = self.saturated_windows + 1 if is_saturated else 0
-        if before is not None:
-            self.births, self.deaths = _indices(before & ~dead), _indices(dead & ~before)
-            self.still_dead = _rounded(np.mean(dead[before])) if before.any() else None
-        self.dead = dead
-
-    def _is_saturated(self, window: UnitTally) -> bool:
-        if window.function is None or not window.counted:
-            return False
-        return float(np.mean(window.flat)) > self._config.saturated_fraction_crit * window.counted
-
-    @property
-    def evidence(self) -> list[_Span]:
-        """All parts, the one that fills included."""
-        return [*self.parts, self.filling] if self.filling is not None else self.parts
-
-    def status(self, name: str) -> UnitStatus:
-        """What is known of the units."""
-        evidence = self.evidence
-        if not evidence:
-            return UnitStatus(name, self.pattern.function, self.pattern.units, witness=self.pattern.witness)
-        tally = merge_tallies(span.tally for span in evidence)
-        status = UnitStatus(
-            name,
-            tally.function,
-            tally.units,
-            saturated=_shares(tally.flat, tally.counted) if tally.function is not None else (),
-            rate=_rates(self.interval.tally) if self.interval is not None else (),
-            samples=tally.samples,
-            batches=tally.batches,
-            rate_bound=min(1.0, 3 / tally.samples),
-            verdict="watching",
-            first_step=evidence[0].first_step,
-            last_step=evidence[-1].last_step,
-            windows=self.dead_windows,
-            saturated_windows=self.saturated_windows,
-            births=self.births,
-            deaths=self.deaths,
-            still_dead=self.still_dead,
-            witness=tally.witness,
-        )
-        if tally.samples < self._config.dead_window_samples or tally.batches < self._config.dead_window_batches:
-            return status
-        dead = _indices(tally.dead_flat)
-        return dataclasses.replace(
-            status,
-            dead=dead,
-            constant=_indices(_is_constant(tally)),
-            rare=_indices(_is_rare(tally)),
-            always_on=_indices(tally.never_flat),
-            verdict="dead" if dead else "ok",
-        )
+__all__ = ["UnitWindows"]
 
 
 class UnitWindows:
@@ -218,7 +43,8 @@ class UnitWindows:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._windows: dict[str, _Window] = {}
+        self._windows: dict[str, Window | RangeWindow] = {}
+        self._order: dict[str, None] = {}
         self._left_out: set[str] = set()
 
     def add(self, record: StepRecord) -> None:
@@ -229,15 +55,42 @@ class UnitWindows:
         Args:
             record: The record; steps must not fall.
         """
+        self._order.update(dict.fromkeys(record.units))
+        together = self._add_together(record)
         for name in record.units:
-            tally = self._tally(record, name)
+            tally = self._tally(record, name) if name not in together else None
             if tally is None:
                 continue
             window = self._windows.get(name)
+            if isinstance(window, RangeWindow):
+                window = self._separate(window)[name]
             if window is None or (tally.samples and not tally.fits(window.pattern)):
-                self._windows[name] = window = _Window(tally, self._config)
+                self._windows[name] = window = Window(tally, self._config)
             if tally.samples:
                 window.add(record.step, tally)
+
+    def _add_together(self, record: StepRecord) -> set[str]:
+        """Add the ranges that stand side by side, of modules of which that was so on every step; their names."""
+        added: set[str] = set()
+        for names, ranges in record.units.ranges() if isinstance(record.units, Tallies) else ():
+            window = self._windows.get(names[0])
+            if not isinstance(window, RangeWindow) or not window.fits(names, ranges):
+                for name in names:
+                    if isinstance(known := self._windows.get(name), RangeWindow):
+                        self._separate(known)
+                if not self._left_out.union(self._windows).isdisjoint(names):
+                    continue
+                window = RangeWindow(names, ranges, self._config)
+                self._windows.update(dict.fromkeys(names, window))
+            window.add(record.step, ranges)
+            added.update(names)
+        return added
+
+    def _separate(self, together: RangeWindow) -> dict[str, Window]:
+        """Follow modules one by one from now on, since they were not measured together on a step; their windows."""
+        alone = {name: together.alone(name) for name in together.names}
+        self._windows.update(alone)
+        return alone
 
     def _tally(self, record: StepRecord, name: str) -> UnitTally | None:
         """A tally of the record; None where making it has failed, which is told once and leaves these units out."""
@@ -256,7 +109,8 @@ class UnitWindows:
         """What is known of the units now; rates are of the steps from here on then."""
         found = self.status()
         for window in self._windows.values():
-            window.is_judged = True
+            if isinstance(window, Window):
+                window.is_judged = True
         return found
 
     def status(self) -> dict[str, UnitStatus]:
@@ -267,52 +121,19 @@ class UnitWindows:
             output is known besides, constant units come from that.
         """
         found: dict[str, UnitStatus] = {}
-        for name, window in self._windows.items():
-            if window.pattern.witness == "activations":
+        windows = {name: self._windows[name] for name in self._order if name in self._windows}
+        ranges: dict[str, UnitStatus] = {}
+        for name, window in windows.items():
+            if isinstance(window, RangeWindow):
+                if name not in ranges:
+                    ranges.update(window.statuses())
+                found[name] = ranges[name]
+            elif window.pattern.witness == "activations":
                 found[name] = window.status(name)
-        for name, window in self._windows.items():
-            if window.pattern.witness == "gradient rows":
+        for name, window in windows.items():
+            if isinstance(window, Window) and window.pattern.witness == "gradient rows":
                 module = name.rpartition(".")[0]
                 status, seen = window.status(module), found.get(module)
                 if seen is None or (seen.function is None and status.verdict != "no-data"):
                     found[module] = dataclasses.replace(status, constant=seen.constant if seen is not None else ())
         return found
-
-
-def _joined(span: _Span | None, step: int, tally: UnitTally) -> _Span:
-    """A span with one more tally, or a new one."""
-    if span is None:
-        return _Span(step, tally)
-    span.add(step, tally)
-    return span
-
-
-def _is_constant(tally: UnitTally) -> BoolArray:
-    scale = math.sqrt(tally.square_mean) if math.isfinite(tally.square_mean) else math.nan
-    with np.errstate(invalid="ignore"):  # infinite where nothing is known of the range
-        is_constant: BoolArray = tally.high - tally.low <= CONSTANT_RANGE * scale
-    return is_constant
-
-
-def _is_rare(tally: UnitTally) -> BoolArray:
-    """Whether each unit fires, and yet on a share of the samples below `RARE_RATE`; rows know no samples."""
-    if tally.function is None or not tally.counted:
-        return np.zeros(tally.units, np.bool_)
-    return ~tally.dead_flat & (tally.counted - tally.flat < RARE_RATE * tally.counted)
-
-
-def _rates(tally: UnitTally) -> tuple[float, ...]:
-    return _shares(tally.counted - tally.flat, tally.counted)
-
-
-def _shares(counts: np.ndarray[Any, Any], of: int) -> tuple[float, ...]:
-    """Shares with four digits, as event files have them."""
-    return tuple(np.round(counts / of, 4).tolist()) if of else ()
-
-
-def _rounded(share: float | np.floating[Any]) -> float:
-    return round(float(share), 4)
-
-
-def _indices(mask: BoolArray) -> Indices:
-    return tuple(np.flatnonzero(mask).tolist())

@@ -1,8 +1,8 @@
 """Units: what each output feature of a module did, tallied in one pass and merged exactly."""
 
-from instrument.measure.units.late import LateTallies, LateTally
+from instrument.measure.units.late import LateTallies, LateTally, Ranges
 from instrument.measure.units.on_device import tally_on_device
-from instrument.measure.units.reduce import Extent, extent_of, tally_plain, tally_rows, tally_units
+from instrument.measure.units.reduce import Extent, extent_of, tally_of_range, tally_plain, tally_rows, tally_units
 from instrument.measure.units.tally import BoolArray, DeviceTally, UnitTally, Witness, merge_tallies
 
 __all__ = [
@@ -11,10 +11,12 @@ __all__ = [
     "Extent",
     "LateTallies",
     "LateTally",
+    "Ranges",
     "UnitTally",
     "Witness",
     "extent_of",
     "merge_tallies",
+    "tally_of_range",
     "tally_on_device",
     "tally_plain",
     "tally_rows",

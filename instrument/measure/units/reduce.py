@@ -173,13 +173,18 @@ def tally_plain(
     return UnitTally(function, extent.samples, 1, low, high, counted, flat, dead_flat, never_flat, extent.square_mean)
 
 
-def tally_of_range(extent: Extent) -> UnitTally:
-    """The tally of units of which the range is known and nothing else; those of as many units share their counts."""
+def tally_of_range(extent: Extent, batches: int = 1) -> UnitTally:
+    """The tally of units of which the range is known and nothing else; those of as many units share their counts.
+
+    Args:
+        extent: The range.
+        batches: Calls of the module that it is of.
+    """
     nowhere, never = _nothing(extent.low.size)
     tally = object.__new__(UnitTally)  # a frozen dataclass sets its fields by one slow call each
     tally.__dict__.update(
-        function=None, samples=extent.samples, batches=1, low=extent.low, high=extent.high, counted=0, flat=nowhere,
-        dead_flat=never, never_flat=never, square_mean=extent.square_mean, witness="activations",
+        function=None, samples=extent.samples, batches=batches, low=extent.low, high=extent.high, counted=0,
+        flat=nowhere, dead_flat=never, never_flat=never, square_mean=extent.square_mean, witness="activations",
     )  # fmt: skip
     return tally
 

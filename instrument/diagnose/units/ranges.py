@@ -1,0 +1,128 @@
+"""The evidence of many modules of which the range alone is known, followed together.
+
+So it is with the output of a layer behind which no nonlinearity was seen. Hundreds of small ones that are measured
+together stay together: one by one their ranges took 7 ms a step for 400 layers, joined as one array 0.2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from instrument.config import Config
+from instrument.diagnose.units.status import UnitStatus
+from instrument.diagnose.units.window import PARTS, Span, Window, is_constant, is_part
+from instrument.measure.units import Ranges, tally_of_range
+
+__all__ = ["RangeWindow"]
+
+
+class _RangeSpan:
+    """What the ranges of some steps make together."""
+
+    __slots__ = ("_high", "_last", "_low", "_squares", "batches", "first_step", "last_step", "samples")
+
+    def __init__(self, step: int, ranges: Ranges) -> None:
+        self.first_step = self.last_step = step
+        self.batches = 1
+        self.samples = int(ranges.samples[0])
+        self._squares = ranges.square_mean * self.samples
+        self._low, self._high = ranges.low, ranges.high
+        self._last = ranges
+
+    def add(self, step: int, ranges: Ranges) -> None:
+        """Add the ranges of a later step, of the same units."""
+        samples = int(ranges.samples[0])
+        self.last_step = step
+        self.batches += 1
+        self.samples += samples
+        self._squares = self._squares + ranges.square_mean * samples
+        self._low, self._high = np.minimum(self._low, ranges.low), np.maximum(self._high, ranges.high)
+        self._last = ranges
+
+    @property
+    def ranges(self) -> Ranges:
+        """All of them merged."""
+        return self._last._replace(
+            samples=np.full_like(self._last.samples, self.samples),
+            low=self._low,
+            high=self._high,
+            square_mean=self._squares / self.samples,
+        )
+
+    def alone(self, row: int) -> Span:
+        """What they make of one module."""
+        extent = self.ranges.at(row)
+        span = Span(self.first_step, tally_of_range(extent, self.batches))
+        span.last_step = self.last_step
+        return span
+
+
+class RangeWindow:
+    """Windows of modules that were measured together on every step so far, on as many samples each.
+
+    Args:
+        names: Their names.
+        ranges: Those of the first step.
+        config: The settings.
+    """
+
+    def __init__(self, names: tuple[str, ...], ranges: Ranges, config: Config) -> None:
+        self.names = names
+        """The names of the modules."""
+        self._rows = {name: row for row, name in enumerate(names)}
+        self._pattern = ranges
+        self._config = config
+        self._parts: list[_RangeSpan] = []
+        self._filling: _RangeSpan | None = None
+        self._full_parts = 0
+
+    def fits(self, names: tuple[str, ...], ranges: Ranges) -> bool:
+        """Whether ranges are of the same units of the same modules."""
+        return names == self.names and np.array_equal(ranges.units, self._pattern.units)
+
+    def add(self, step: int, ranges: Ranges) -> None:
+        """Add what was seen in one step."""
+        if self._filling is None:
+            self._filling = _RangeSpan(step, ranges)
+        else:
+            self._filling.add(step, ranges)
+        if is_part(self._filling.samples, self._filling.batches, self._config):
+            self._parts = [*self._parts[1 - PARTS :], self._filling]
+            self._filling = None
+            self._full_parts += 1
+
+    def statuses(self) -> dict[str, UnitStatus]:
+        """What is known of the units of each module; see `Window.status`."""
+        evidence = [*self._parts, self._filling] if self._filling is not None else self._parts
+        spans = [span.ranges for span in evidence]
+        samples, batches = sum(span.samples for span in evidence), sum(span.batches for span in evidence)
+        squares = sum(span.square_mean * span.samples for span in spans) / samples
+        is_whole = samples >= self._config.dead_window_samples and batches >= self._config.dead_window_batches
+        constant = np.zeros(spans[0].low.size, np.bool_)
+        if is_whole:
+            low, high = (np.minimum.reduce([s.low for s in spans]), np.maximum.reduce([s.high for s in spans]))
+            constant = is_constant(low, high, np.repeat(squares, self._pattern.units))
+        ends = np.cumsum(self._pattern.units).tolist()
+        return {
+            name: UnitStatus(
+                name,
+                units=units,
+                constant=tuple(np.flatnonzero(constant[end - units : end]).tolist()) if is_whole else (),
+                samples=samples,
+                batches=batches,
+                rate_bound=min(1.0, 3 / samples),
+                verdict="ok" if is_whole else "watching",
+                first_step=evidence[0].first_step,
+                last_step=evidence[-1].last_step,
+            )
+            for name, units, end in zip(self.names, self._pattern.units.tolist(), ends, strict=True)
+        }
+
+    def alone(self, name: str) -> Window:
+        """The window of one of the modules; of a range no unit is ever dead, so that whole windows found nothing."""
+        row = self._rows[name]
+        window = Window(tally_of_range(self._pattern.at(row)), self._config)
+        window.parts = [part.alone(row) for part in self._parts]
+        window.filling = self._filling.alone(row) if self._filling is not None else None
+        window.full_parts = self._full_parts
+        return window
