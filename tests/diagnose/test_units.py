@@ -299,7 +299,7 @@ def test_modules_followed_together_are_judged_as_one_by_one(data: st.DataObject)
     one_by_one, together = windows(64, 8), windows(64, 8)
     names = ["a", "b", "c", "d"]
     for step in range(data.draw(st.integers(1, 30))):
-        is_usual = data.draw(st.integers(0, 3))
+        is_usual = data.draw(st.integers(0, 15))
         ran = names if is_usual else data.draw(st.permutations([*names, "e"]).map(lambda every: every[:3]))
         samples, batch = data.draw(st.sampled_from([8, 8, 5])), Batch()
         alone: dict[str, UnitTally] = {}
