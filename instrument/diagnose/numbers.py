@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import ItemsView, Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -21,6 +22,7 @@ from instrument.record.tags import COUNTS, Tag, parse_tag
 __all__ = ["Numbers"]
 
 _NO_ROWS: IntArray = np.empty(0, np.intp)
+_COUNTS = [place for place, statistic in enumerate(COLUMNS) if statistic in COUNTS]
 _PLACES = {statistic: place for place, statistic in enumerate(COLUMNS)}
 
 
@@ -43,6 +45,12 @@ class _Layout:
         for kind, found in rows.items():
             self.rows[kind] = np.array(found, np.intp)
             self.names[kind] = {self.sites[row][1]: place for place, row in enumerate(found)}
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019  # layouts are few and kept anyway
+    def rows_of(self, kind: str, names: tuple[str, ...]) -> IntArray:
+        """The rows of some sites of a kind; -1 where there is none."""
+        places, rows = self.names.get(kind, {}), self.rows.get(kind, _NO_ROWS)
+        return np.array([rows[places[name]] if name in places else -1 for name in names], np.intp)
 
 
 _layout_of = functools.lru_cache(maxsize=16)(_Layout)
@@ -86,6 +94,19 @@ class Numbers(Mapping[Tag, float]):
         if is_known.all():
             return _Column(names, values)
         return dict(itertools.compress(zip(names, values.tolist(), strict=True), is_known.tolist()))
+
+    def sizes(self, kind: str, statistic: str, names: tuple[str, ...]) -> FloatArray:
+        """One statistic of some sites of a kind, of shape (names,); zero where it is unknown."""
+        rows = self._layout.rows_of(kind, names)
+        if not len(self._table):
+            return np.zeros(len(names))
+        found = np.where(rows < 0, 0.0, self._table[rows, _PLACES[statistic]])
+        return np.nan_to_num(found, nan=0.0, posinf=math.inf, neginf=-math.inf)
+
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether any tensor holds NaN or Inf."""
+        return bool((self._table[:, _COUNTS] > 0).any())
 
     def rows(self, kind: str) -> IntArray:
         """The rows of a kind in the table."""

@@ -21,16 +21,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from instrument.capture.names import Site
 from instrument.diagnose.numbers import Numbers
 from instrument.diagnose.units import UnitStatus
-from instrument.measure.histogram import count_below
+from instrument.measure.histogram import FloatArray, count_below
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import StepRecord, Traits
 from instrument.record.statistics import COLUMNS
-from instrument.record.tags import Tag, parse_tag
+from instrument.record.tags import COUNTS, Tag, parse_tag
 
 __all__ = [
     "DERIVED",
@@ -194,6 +195,20 @@ class Reading:
         """The numbers that the statistics of no single tensor tell; see `DERIVED`."""
         values = self.values.further() if isinstance(self.values, Numbers) else self.values
         return {tag: value for tag, value in values.items() if tag.statistic in DERIVED}
+
+    @functools.cached_property
+    def is_finite(self) -> bool:
+        """Whether no tensor holds NaN or Inf."""
+        if isinstance(self.values, Numbers):
+            return not self.values.is_spoilt
+        return not any(value for tag, value in self.values.items() if tag.statistic in COUNTS)
+
+    def sizes(self, kind: str, statistic: str, names: tuple[str, ...]) -> FloatArray:
+        """One statistic of some sites of a kind, of shape (names,); zero where it was not measured."""
+        if isinstance(self.values, Numbers):
+            return self.values.sizes(kind, statistic, names)
+        column = self.column(kind, statistic)
+        return np.array([column.get(name, 0.0) for name in names], np.float64)
 
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:

@@ -150,7 +150,8 @@ class _Packed:
         self._numbers = sketches.numbers.copy()
         self._parts: list[bytes] = []
         for start in range(0, len(sketches), PART):
-            yield_lock()
+            if not native.is_there():  # C gives the lock up by itself
+                yield_lock()
             self._parts.append(_packed(sketches.part(start, min(start + PART, len(sketches)))))
 
     def __getitem__(self, place: int) -> Sketch:

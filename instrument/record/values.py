@@ -61,7 +61,7 @@ class HistogramSlice(NamedTuple):
             start = end
 
 
-def scalar_values(record: StepRecord, counted: set[str]) -> tuple[list[str], FloatArray]:
+def scalar_values(record: StepRecord, counted: set[str]) -> tuple[tuple[str, ...], FloatArray]:
     """Tags and numbers of the scalars of a step record.
 
     Args:
@@ -75,9 +75,9 @@ def scalar_values(record: StepRecord, counted: set[str]) -> tuple[list[str], Flo
     has_values = ~np.isnan(table[:, 0])
     is_spoilt = table[:, len(_STATISTICS) :].any()
     if has_values.all() and not is_spoilt and not counted:
-        tags = [scalar_tag for tag in record for scalar_tag in _tags_under(tag, _STATISTICS)]
-        return tags, table[:, : len(_STATISTICS)].ravel()
-    tags, numbers = [], []
+        return _usual_tags(tuple(record)), table[:, : len(_STATISTICS)].ravel()
+    tags: list[str] = []
+    numbers: list[float] = []
     for tag, has_value, row in zip(record, has_values.tolist(), table.tolist(), strict=True):
         if has_value:
             tags += _tags_under(tag, _STATISTICS)
@@ -87,7 +87,13 @@ def scalar_values(record: StepRecord, counted: set[str]) -> tuple[list[str], Flo
                 counted.add(scalar_tag)
                 tags.append(scalar_tag)
                 numbers.append(number)
-    return tags, np.array(numbers, np.float64)
+    return tuple(tags), np.array(numbers, np.float64)
+
+
+@functools.lru_cache(maxsize=8)
+def _usual_tags(tags: tuple[str, ...]) -> tuple[str, ...]:
+    """Tags of the scalars of a step without NaN or Inf, in which every tensor has a value; most steps are alike."""
+    return tuple(scalar_tag for tag in tags for scalar_tag in _tags_under(tag, _STATISTICS))
 
 
 @functools.lru_cache(maxsize=65_536)

@@ -256,7 +256,7 @@ class OwnSink:
     def _values(self, record: StepRecord, scalars: bool, histograms: bool) -> Iterator[bytes]:
         if scalars:
             tags, numbers = scalar_values(record, self._counted)
-            if tags != self._layout.tags:
+            if tags is not self._layout.tags and tags != self._layout.tags:
                 self._layout = ScalarLayout(tags)
             yield self._layout.values(numbers)
         if histograms:

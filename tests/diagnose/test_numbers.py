@@ -71,6 +71,17 @@ def test_columns_are_the_numbers_of_one_statistic(record: StepRecord) -> None:
             assert [column.get(name) for name in of_kind] == pytest.approx([*of_kind.values()])
             assert (column.get("nobody"), column.get("nobody", 1.5), "nobody" in column) == (None, 1.5, False)
             assert len(column) == len(of_kind)
+            if statistic in STATISTICS:
+                names = (*reversed(of_kind), "nobody")
+                assert reading.sizes(kind, statistic, names).tolist() == [column.get(name, 0.0) for name in names]
+    scalars = Reading.of_scalars(0, truth)
+    assert scalars.sizes("gradients", "rms", ("nobody", "a.weight")).tolist() == [
+        0.0,
+        truth[Tag("gradients", "rms", "a.weight")],
+    ]
+    assert (reading.is_finite, scalars.is_finite) == (False, False)
+    assert Reading.of_scalars(0, {Tag("gradients", "rms", "a"): 1.0, Tag("gradients", "nan_count", "a"): 0.0}).is_finite
+    assert reading.with_gradient == scalars.with_gradient == frozenset({"a.weight"})
     assert reading.get("activations", "nan_count", "c") == 1.0
     assert reading.derived() == {GLOBAL_L2: 5.0}
     assert [site.name for site in reading.sites] == ["a", "b", "c", "a.weight", "empty", "a.weight"]

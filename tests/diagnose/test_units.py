@@ -341,7 +341,7 @@ def test_hundreds_of_modules_are_followed_together() -> None:
     for step in range(12):
         batch, waiting = Batch(), {}
         for number in range(40):
-            group, place = batch.put(torch.full((4, 3), float(step)))
+            group, place = batch.put(torch.full((4, 3), float(step % 2)))
             assert isinstance(group, ArrivingGroup)
             tally = group.tally(place, (4, 3), 1, None)
             assert tally is not None

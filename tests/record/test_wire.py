@@ -126,4 +126,4 @@ def test_counts_of_nan_appear_once_they_were_above_zero_and_then_stay() -> None:
         found.append({tag: number for tag, number in zip(tags, numbers.tolist(), strict=True) if "count" in tag})
     assert found == [{}, {"Gradients.nan_count/блок.0": 1.0}, {"Gradients.nan_count/блок.0": 0.0}]
     tags, _ = scalar_values(record_of([whole], "Gradients"), set())
-    assert tags == [f"Gradients.{statistic}/блок.0" for statistic in STATISTICS]
+    assert [*tags] == [f"Gradients.{statistic}/блок.0" for statistic in STATISTICS]

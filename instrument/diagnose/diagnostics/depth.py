@@ -78,27 +78,27 @@ def gradient_scale(readings: Sequence[Reading], config: Config) -> Iterator[Find
             )  # fmt: skip
 
 
-def _profiles(readings: Sequence[Reading], kind: str, config: Config) -> Iterator[tuple[list[str], list[float]]]:
+def _profiles(readings: Sequence[Reading], kind: str, config: Config) -> Iterator[tuple[Sequence[str], list[float]]]:
     """Names and mean sizes of the layers of each role, in the order of depth."""
     recent = newest(readings, config.depth_checks, lambda reading: reading.column(kind, "rms"))
-    # Dictionaries of Python's own: a few hundred look-ups in each take less than one each by a method of ours.
-    columns = [dict(reading.column(kind, "rms").items()) for reading in recent]
+    if not recent:
+        return
     traits = readings[-1].parameters
-    layers = [name for name in columns[-1] if name not in traits or traits[name].ndim >= _MATRIX] if columns else ()
+    layers = (name for name in recent[-1].column(kind, "rms") if name not in traits or traits[name].ndim >= _MATRIX)
     for names in _of_one_role(tuple(layers)):
-        sizes = np.array([[column.get(name, 0.0) for name in names] for column in columns])
+        sizes = np.array([reading.sizes(kind, "rms", names) for reading in recent])
         # A layer whose gradient is zero stops everything behind it; that is no trend, and is told elsewhere.
         if ((sizes > 0.0) & (sizes < math.inf)).all():
             yield names, (10.0 ** np.log10(sizes).mean(axis=0)).tolist()
 
 
 @functools.lru_cache(maxsize=16)
-def _of_one_role(layers: tuple[str, ...]) -> list[list[str]]:
+def _of_one_role(layers: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Names of the layers of each role, where there are enough of them; the same come again each step."""
     groups: dict[str, list[str]] = {}
     for name in layers:
         groups.setdefault(role(name), []).append(name)
-    return [names for names in groups.values() if len(names) >= _FEWEST_LAYERS]
+    return [tuple(names) for names in groups.values() if len(names) >= _FEWEST_LAYERS]
 
 
 def _trend(sizes: list[float]) -> float:

@@ -57,6 +57,8 @@ def non_finite(readings: Sequence[Reading], config: Config) -> Iterator[Finding]
 def skipped_step(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
     """INFO: gradients overflowed, and the step was skipped, as a gradient scaler does while it looks for its scale."""
     newest = readings[-1]
+    if newest.is_finite:
+        return
     spoilt = sum(len(newest.column(kind, count)) for kind in _GRADIENTS for count in ("nan_count", "inf_count"))
     if spoilt and _was_skipped(newest) and not _is_faulty(newest):
         yield Finding(
@@ -77,9 +79,9 @@ def _counts(reading: Reading, statistic: str) -> dict[Site, float]:
 def _is_faulty(reading: Reading) -> bool:
     if reading.loss is not None and not math.isfinite(reading.loss):
         return True
-    nans, infs = _counts(reading, "nan_count"), _counts(reading, "inf_count")
-    if not nans and not infs:
+    if reading.is_finite:
         return False
+    nans, infs = _counts(reading, "nan_count"), _counts(reading, "inf_count")
     harmless = _GRADIENTS if _was_skipped(reading) else ()
     return any(site.kind not in harmless for site in nans) or any(
         site.kind not in ("activations", *harmless) for site in infs
