@@ -21,6 +21,7 @@
 | children and parameters of a module, without computing | `Module._modules`, `Module._parameters` | the public iterators: a child that a module holds twice has one of its names; parameters that are replaced later are not logged with the last step |
 | how often a tensor was changed in place | `Tensor._version` | steps without any optimizer are not seen, which is said; what a container returns is measured again |
 | hooks of the user's on a parameter | `Tensor._backward_hooks`, `Tensor._post_accumulate_grad_hooks` | any may have some: the last step of a model that is gone lacks the root's own parameters |
+| a forward hook is put back at the next sampled step | `Module._forward_hooks` | it is registered anew, 5 us dearer a module |
 | many tensors in one row | `torch._C._nn.flatten_dense_tensors` | each is made flat by a call of its own, 0.6 us dearer a tensor |
 | flat parameters of FSDP1 | `FullyShardedDataParallel._handle` and attributes of its `flat_param` | shards count as copies: not said to be shards, and not added up over ranks |
 | the store that ranks meet at | `torch.distributed.distributed_c10d._get_default_store` | `ranks="merge"` is refused |
@@ -32,6 +33,7 @@ operations, and the recomputation then hands the user's backward a tensor of our
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import sys
 import types
@@ -40,6 +42,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "Unseen",
@@ -59,6 +62,7 @@ __all__ = [
     "never_compile",
     "never_compile_code",
     "parameters_of",
+    "put_back",
     "run_while_tracing",
     "runs_within_another_step",
     "version_of",
@@ -153,6 +157,18 @@ def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def version_of(tensor: torch.Tensor) -> int | None:
     """How often a tensor was changed in place, where torch tells; changes through ``.data`` do not count."""
     return tensor._version if _has_version else None
+
+
+def put_back(handle: RemovableHandle, module: torch.nn.Module, hook: object) -> bool:
+    """Put a forward hook back that was taken off by its handle, which then takes it off again; whether that was done.
+
+    To register it anew takes 5 us, and makes objects that keep the garbage collector busy.
+    """
+    hooks: Any = module._forward_hooks if "_forward_hooks" in _module_attributes else ()
+    is_its_own = type(hooks) is collections.OrderedDict and handle.hooks_dict_ref() is hooks
+    if is_its_own:
+        hooks[handle.id] = hook
+    return is_its_own
 
 
 def has_hooks(tensor: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,20 @@ def test_evaluation_after_a_sampled_forward_sees_no_hooks_on_its_layers(tmp_path
         model(batch(0))
     assert not model[0]._forward_hooks
     instrument.unwatch(model)
+
+
+def test_modules_whose_hooks_were_thrown_away_are_watched_again(tmp_path: Path) -> None:
+    """Code that gives a module a new dictionary of hooks, as to strip a model of all, does not blind the next steps."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watcher = instrument.watch(model, interval=1, logdir=tmp_path, strict=True)
+    train(model, optimizer, 2)
+    model[0]._forward_hooks = OrderedDict()
+    train(model, optimizer, 2, first=2)
+    assert ["Activations/0" in record for record in watcher.history] == [True] * len(watcher.history)
+    assert len(watcher.history) >= 3
+    watcher.close()
+    assert hooks_on(model) == 0
 
 
 def test_nothing_is_set_on_the_users_objects(tmp_path: Path) -> None:

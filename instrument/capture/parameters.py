@@ -8,15 +8,20 @@ backward leaves gradients in the discriminator, which no one will ever apply.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
 
 import torch
 
 from instrument.capture.names import ParameterEntry, Site, site_of
 from instrument.torch_private import Unseen, has_hooks, parameters_of
 
-__all__ = ["UPDATE_SAMPLE", "Parameters"]
+__all__ = ["UPDATE_SAMPLE", "Pairs", "Parameters", "is_cleared"]
+
+Pairs: TypeAlias = "list[tuple[str, torch.nn.Parameter]]"
+"""Names and parameters."""
 
 UPDATE_SAMPLE = 65_536
 """Elements of a parameter that are compared before and after a step. The root mean square of as many values of a
@@ -45,7 +50,7 @@ class Parameters:
             self._selected, self._elsewhere = entries, elsewhere
             self._entries = tuple(_kept(entry, elsewhere) for entry in entries)
 
-    def of(self, optimizer: torch.optim.Optimizer | None = None) -> list[tuple[str, torch.nn.Parameter]]:
+    def of(self, optimizer: torch.optim.Optimizer | None = None) -> Pairs:
         """Names and parameters that are selected and that this optimizer owns.
 
         Args:
@@ -54,11 +59,11 @@ class Parameters:
         Returns:
             Name and parameter, in the order of the model.
         """
-        owned = None
-        if optimizer is not None:
-            owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        found = ((entry.name, entry.get()) for entry in self._entries)
-        return [(name, p) for name, p in found if p is not None and (owned is None or id(p) in owned)]
+        found = [(name, p) for name, p in ((entry.name, entry.get()) for entry in self._entries) if p is not None]
+        if optimizer is None:
+            return found
+        owned = set(map(id, itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)))
+        return [pair for pair in found if id(pair[1]) in owned]
 
     def lacking(self, has: Callable[[Site], bool]) -> Iterator[tuple[Site, torch.Tensor]]:
         """Those selected parameters that something lacks.
@@ -117,6 +122,17 @@ class Parameters:
                     change = after.double() - before.double() if after.shape == before.shape else None
                 if change is not None:
                     yield site_of("updates", name), change
+
+
+def is_cleared(gradient: torch.Tensor) -> bool:
+    """Whether all of a gradient is zero; of kinds that cannot tell, or not without a wait for a device, it is not."""
+    if not gradient.is_cpu:
+        return False
+    try:
+        with Unseen():
+            return gradient.numel() > 0 and not bool(gradient.count_nonzero())
+    except Exception:
+        return False
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:

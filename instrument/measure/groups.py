@@ -15,8 +15,9 @@ import abc
 import contextlib
 import ctypes
 import math
+import operator
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from instrument.measure.tensors import PLAIN
 from instrument.measure.units import LateTallies, LateTally, Ranges, UnitTally
 from instrument.torch_private import Unseen, flattened
 
-__all__ = ["GROUP", "SMALL", "ArrivingGroup", "GatheredGroup", "Group", "Later", "small"]
+__all__ = ["GROUP", "SMALL", "ArrivingGroup", "GatheredGroup", "Group", "Later", "small", "small_together"]
 
 SMALL = 8192
 """Tensors of up to this many elements are measured together; a larger one is cheaper by itself."""
@@ -67,6 +68,39 @@ def small(tensor: torch.Tensor) -> tuple[int, int]:
         return (size, 0) if tensor.untyped_storage().nbytes() else _OTHERS
     address = native.address_of(tensor, size * itemsize)
     return (size, address) if address else _OTHERS
+
+
+_ALIKE = operator.attrgetter("dtype", "layout", "is_cpu", "is_nested")
+
+
+def small_together(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]] | None:
+    """The same of many tensors by a few calls for all of them, where they are alike; call it under `Unseen`.
+
+    Args:
+        tensors: Any.
+
+    Returns:
+        What `small` gives for each, sizes and addresses; None where each is to be asked by itself.
+    """
+    if not tensors or not PLAIN.issuperset(map(type, tensors)):
+        return None
+    alike = set(map(_ALIKE, tensors))
+    dtype, layout, is_cpu, is_nested = alike.pop()
+    if alike or dtype not in _SIZES or layout is not torch.strided or not is_cpu or is_nested:
+        return None
+    if not all(map(_is_contiguous, tensors)) or any(map(_is_neg, tensors)) or any(map(_storage_offset, tensors)):
+        return None
+    sizes, addresses = list(map(_numel, tensors)), list(map(_data_ptr, tensors))
+    if 0 in addresses or max(sizes) > SMALL:
+        is_small = [0 < size <= SMALL and address != 0 for size, address in zip(sizes, addresses, strict=True)]
+        sizes = [size if fits else 0 for size, fits in zip(sizes, is_small, strict=True)]
+    return sizes, addresses
+
+
+_is_contiguous, _is_neg, _storage_offset, _numel, _data_ptr = (
+    torch.Tensor.is_contiguous, torch.Tensor.is_neg, torch.Tensor.storage_offset, torch.Tensor.numel,
+    torch.Tensor.data_ptr,
+)  # fmt: skip
 
 
 class Later:
@@ -149,6 +183,9 @@ class Group(abc.ABC):
             return _measured_together(flat, lengths)
         except Exception as error:
             return error
+
+    def __len__(self) -> int:
+        return len(self._lengths)
 
     def item(self, place: int) -> Later:
         """What will give the sketch at a place."""
@@ -237,6 +274,20 @@ class GatheredGroup(Group):
         super().__init__()
         self._tensors: list[torch.Tensor] = []
         self._addresses: list[int] = []
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], sizes: list[int], addresses: list[int]) -> Iterator[GatheredGroup]:
+        """As many groups as it takes for tensors of which `small_together` told sizes and addresses, copied already."""
+        start = size = 0
+        for end, more in enumerate(sizes, 1):
+            size += more
+            if end == len(sizes) or size > BLOCK - SMALL or end - start == GROUP:
+                group, part = cls(), slice(start, end)
+                group._tensors, group._addresses, group._lengths = [*tensors[part]], addresses[part], sizes[part]
+                group._size = size
+                group.copy()
+                yield group
+                start, size = end, 0
 
     def add(self, tensor: torch.Tensor, size: int, address: int) -> int | None:
         """Take a tensor in, of which `small` told size and address; returns its place, None where all is measured."""

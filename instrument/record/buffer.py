@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -127,6 +128,9 @@ class StepRecord(Mapping[str, Sketch]):
         return f"StepRecord(step={self.step}, {len(self)} sketches)"
 
 
+_ABOUT = operator.attrgetter("dtype", "ndim", "requires_grad")
+
+
 class Buffer:
     """Collects the sketches of one step at a time and keeps the records of the last steps.
 
@@ -150,6 +154,7 @@ class Buffer:
         # Most sites have one sketch a step, and one tally: an object for each would keep the garbage collector busy.
         self._units: dict[str, int | Tally | list[Tally]] = {}
         self._has_new_traits = True
+        self._noted: dict[str, tuple[list[Site], list[Any]]] = {}
         self._last_tags: tuple[str, ...] = ()
 
     def open(self, step: int) -> None:
@@ -251,6 +256,15 @@ class Buffer:
         ):
             self.traits[site] = Traits(tensor.dtype, tensor.ndim, tensor.requires_grad)
             self._has_new_traits = True
+            self._noted.clear()
+
+    def note_all(self, sites: list[Site], tensors: Sequence[torch.Tensor]) -> None:
+        """The same of many tensors, by one look at all of them where they are as they were."""
+        kind, found = sites[0].kind if sites else "", (sites, list(map(_ABOUT, tensors)))
+        if self._noted.get(kind) != found:
+            for site, tensor in zip(sites, tensors, strict=True):
+                self.note(site, tensor)
+            self._noted[kind] = found
 
     def _traits(self, tags: tuple[str, ...], sites: Iterable[Site]) -> Mapping[str, Traits]:
         """Tag to traits; those of the last record where nothing is new, for the history to have them once."""
@@ -268,6 +282,7 @@ class Buffer:
         if traits is not None:
             self.traits[site] = traits._replace(scale=scale)
             self._has_new_traits = True
+            self._noted.clear()
 
     def discard(self, site: Site) -> None:
         """Forget what the step has of this site."""

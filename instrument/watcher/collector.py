@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from instrument.capture.names import MODULE_KINDS, ModuleEntry, Site, site_of
-from instrument.capture.parameters import Parameters
+from instrument.capture.parameters import Pairs, Parameters, is_cleared
 from instrument.capture.patterns import Patterns
 from instrument.capture.selector import Selector
 from instrument.capture.shards import Shards
@@ -23,14 +23,11 @@ from instrument.measure.pending import ALONE, Divided, Pending
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import Buffer, StepRecord
 from instrument.record.ranks.group import position
-from instrument.torch_private import Unseen, version_of, when_backward_ends
+from instrument.torch_private import version_of, when_backward_ends
 from instrument.watcher.notices import Notices, place_of
 from instrument.watcher.units import UnitJudge
 
-__all__ = ["Collector", "Pairs"]
-
-Pairs: TypeAlias = "list[tuple[str, nn.Parameter]]"
-"""Names and parameters."""
+__all__ = ["Collector"]
 
 
 _Remembered: TypeAlias = "tuple[weakref.ref[torch.Tensor], int, Sketch | Pending | ArrivingGroup, int]"
@@ -62,6 +59,7 @@ class Collector:
         """What of each tensor lies on this rank; None where there is one rank alone."""
         self.units = UnitJudge(config.functions, self.wants, notices.say, self._copied)
         self._samples = 0
+        self._has_looked = False
         self._has_seen_capturing = False
         self._sample_above = config.histogram_sample_above
         self._batch = Batch(self._sample_above)
@@ -107,6 +105,7 @@ class Collector:
         """The selected modules, as the model is now."""
         if MODULE_KINDS.intersection(self._kinds):
             self.look()
+            self._has_looked = True
             yield from self._selector.modules()
 
     def _bases(self) -> Iterator[Site]:
@@ -211,7 +210,9 @@ class Collector:
     def open(self, step: int) -> None:
         """Begin the record of a step, or go on with it."""
         if self.buffer.step is None:
-            self.look()
+            if not self._has_looked or self._selector.is_new:  # a first pass may make parameters
+                self.look()
+            self._has_looked = False
             self._samples = 0
         self.buffer.open(step)
 
@@ -229,11 +230,25 @@ class Collector:
             return
         sites: list[Site] = []
         column = Column()
-        wanted = self._wanted(tensors, sites, column)
-        measure_later(wanted, self._sample_above, self._batch.devices, are_made_for_us, column)
+        if are_made_for_us or self.shards is not None:
+            wanted = self._wanted(tensors, sites, column)
+            measure_later(wanted, self._sample_above, self._batch.devices, are_made_for_us, column)
+        else:
+            self._measure_all(tensors, sites, column)
         for place, error in column.failures():
             self._cannot(sites[place], error)
         self.buffer.add_column(sites, column)
+
+    def _measure_all(self, tensors: Iterable[tuple[Site, torch.Tensor]], sites: list[Site], column: Column) -> None:
+        """Measure the tensors that are watched, all of which somebody holds; their sites are added to those given."""
+        kinds, is_broken = self._kinds, self._notices.is_broken
+        found = [pair for pair in tensors if pair[0].kind in kinds and not is_broken(pair[0])]
+        sites += (site for site, _ in found)
+        self.buffer.note_all(sites, wanted := [tensor for _, tensor in found])
+        measure_later(wanted, self._sample_above, self._batch.devices, False, column)
+        for place, (site, tensor) in enumerate(found):
+            if site.kind == "gradients" and self.units.has_rows(site.name):
+                self._add_rows(site.name, tensor, column, place)
 
     def _wanted(
         self, tensors: Iterable[tuple[Site, torch.Tensor]], sites: list[Site], column: Column
@@ -253,7 +268,7 @@ class Collector:
                 if kind == "gradients" and has_rows(name):
                     self._add_rows(name, tensor, column if own is tensor else None)
 
-    def _add_rows(self, parameter: str, gradient: torch.Tensor, column: Column | None) -> None:
+    def _add_rows(self, parameter: str, gradient: torch.Tensor, column: Column | None, place: int = -1) -> None:
         """Tally the rows of a gradient, where they are what tells of the units behind it.
 
         Their samples are those that the module itself was seen to return, else those of the model's first output; where
@@ -262,11 +277,12 @@ class Collector:
         Args:
             parameter: Name of the parameter.
             gradient: Its gradient.
-            column: Where that was measured last of all; None where a part of it was.
+            column: Where that was measured; None where a part of it was,
+            place: and its place there.
         """
         samples = self.buffer.samples_of(parameter.rpartition(".")[0]) or self._samples or 1
         try:
-            tally = self.units.rows(parameter, gradient, samples, column)
+            tally = self.units.rows(parameter, gradient, samples, column, place)
         except Exception as error:
             self._notices.failed(f"units of {parameter}", error)
             return
@@ -317,7 +333,7 @@ class Collector:
     def are_gradients_gone(self) -> bool:
         """Whether no gradient is left, as far as the first few tell."""
         gradients = [p.grad for p in self.every_parameter() if p.grad is not None]
-        return all(_is_cleared(gradient) for gradient in gradients[:4])
+        return all(is_cleared(gradient) for gradient in gradients[:4])
 
     def await_gradients(self, step: int) -> None:
         """In a backward pass: measure the gradients at its end, before a loop without an optimizer clears them."""
@@ -347,7 +363,7 @@ class Collector:
         and where that is not known it is absent.
         """
         pairs = self.parameters.of()
-        self.add_missing(pair for pair in self.parameters.gradients(pairs) if not _is_cleared(pair[1]))
+        self.add_missing(pair for pair in self.parameters.gradients(pairs) if not is_cleared(pair[1]))
         for site, sketch in self._kept.items() if self._kept_for == step else ():
             if not self.buffer.has(site):
                 self.buffer.add(site, sketch)
@@ -382,14 +398,3 @@ class Collector:
                 self.buffer.add(site, Divided(item if place == ALONE else item.item(place), divisor))
                 continue
             self.buffer.add(site, item, place)
-
-
-def _is_cleared(gradient: torch.Tensor) -> bool:
-    """Whether all of a gradient is zero; of kinds that cannot tell, or not without a wait for a device, it is not."""
-    if not gradient.is_cpu:
-        return False
-    try:
-        with Unseen():
-            return gradient.numel() > 0 and not bool(gradient.count_nonzero())
-    except Exception:
-        return False

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from instrument.capture.hooks import Taps
 from instrument.capture.names import ModuleEntry, Site
+from instrument.capture.parameters import Pairs
 from instrument.capture.patterns import Patterns
 from instrument.capture.steps import StepClock
 from instrument.config import Config
@@ -27,14 +29,12 @@ from instrument.record.buffer import StepRecord
 from instrument.record.turns import TURNS
 from instrument.torch_private import calling_scale
 from instrument.watcher.budget import Budget, Meter, MeteredSteps, MeteredTaps
-from instrument.watcher.collector import Collector, Pairs
+from instrument.watcher.collector import Collector
 from instrument.watcher.compiled import EagerStance, GraphTaps
 from instrument.watcher.notices import Notices
 from instrument.watcher.schedule import Schedule
 
 __all__ = ["Session"]
-
-Optimizer: TypeAlias = torch.optim.Optimizer
 
 PATIENCE = 3
 """Backward passes whose gradients vanish without a step being seen, before that is said."""

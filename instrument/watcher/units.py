@@ -174,7 +174,7 @@ class UnitJudge:
         return parameter in self._with_rows
 
     def rows(
-        self, parameter: str, gradient: torch.Tensor, samples: int, column: Column | None = None
+        self, parameter: str, gradient: torch.Tensor, samples: int, column: Column | None = None, place: int = -1
     ) -> tuple[Tally | Group, int] | None:
         """Tally the rows of a gradient that are zero, where nothing else tells what the units behind it do.
 
@@ -182,7 +182,8 @@ class UnitJudge:
             parameter: Name of a parameter that `has_rows`.
             gradient: Its gradient, as the optimizer will use it.
             samples: Samples that the gradient is of, at least 1.
-            column: Where the gradient was measured last of all, if it was.
+            column: Where the gradient was measured, if it was,
+            place: and its place there.
 
         Returns:
             The tally and `ALONE`, or the group that will make it and its number there; None where the rows tell
@@ -193,7 +194,7 @@ class UnitJudge:
         assert role.weight_axis is not None
         if name in self._judged or name == self._last_layer or not self._wants(site_of("activations", name)):
             return None
-        late = column.rows_of_last(len(gradient), samples) if column is not None and role.weight_axis == 0 else None
+        late = column.rows(place, len(gradient), samples) if column is not None and role.weight_axis == 0 else None
         if late is not None or not can_hide():
             return late
         try:

@@ -6,7 +6,7 @@ import ctypes
 import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from instrument.errors import UnmeasurableError
 from instrument.measure import groups
 from instrument.measure.batch import Batch, Column, measure_later, measure_many
+from instrument.measure.cpu import BLOCK
 from instrument.measure.custom_op import measure
 from instrument.measure.groups import GROUP, SMALL, Later
 from instrument.measure.sketch import Sketch
@@ -112,6 +113,66 @@ def test_any_kind_of_tensor_may_stand_among_the_small_ones() -> None:
         else:
             assert_same(found, measure(tensor))
     assert sum(isinstance(found, UnmeasurableError) for found in measure_many(tensors)) == 3
+
+
+def sketch_of(item: object) -> Sketch:
+    """The sketch that was made, or that waits."""
+    found = item if isinstance(item, Sketch) else item.sketch()  # type: ignore[attr-defined]
+    assert isinstance(found, Sketch)
+    return found
+
+
+def test_a_long_list_fills_several_groups() -> None:
+    """More tensors, and more elements, than a group takes, with a large one in between, are copied, and all there."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 600, (2 * GROUP + 7,), generator=generator).tolist()
+    sizes[5] = 3 * SMALL
+    tensors = [torch.randn(size, generator=generator) for size in sizes]
+    column = measure_later(tensors)
+    expected = [measure(tensor) for tensor in tensors]
+    for tensor in tensors:
+        tensor.zero_()
+    assert len(column.groups) > sum(sizes) // BLOCK
+    assert len(column.items) == len(tensors)
+    for found, alone in zip(column, expected, strict=True):
+        assert_same(sketch_of(found), alone)
+
+
+def freed() -> torch.Tensor:
+    """A tensor whose storage was given back, as FSDP does."""
+    tensor = torch.ones(5)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        freed,
+        lambda: torch.empty(0),
+        lambda: torch.arange(SMALL + 1.0),
+        lambda: torch.arange(8.0)[4:],
+        lambda: torch.arange(8.0).view(2, 4).t(),
+        lambda: torch.tensor([1 + 2j, 3 - 4j]).conj().imag,
+        lambda: torch.ones(3, dtype=torch.float64),
+        lambda: torch.ones(3, dtype=torch.int32),
+        lambda: torch.ones(3, dtype=torch.bfloat16),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.ones(3, device="meta"),
+        lambda: torch.nn.Parameter(torch.ones(2, 2)),
+    ],
+)
+@pytest.mark.parametrize("places", [(0,), (2,), (1, 3)])
+def test_a_list_is_measured_as_one_by_one(odd: Callable[[], torch.Tensor], places: tuple[int, ...]) -> None:
+    """Of tensors that are there at the same time, whatever stands among them, each is what it is by itself."""
+    tensors = [odd() if place in places else torch.full((place + 1,), float(place)) for place in range(5)]
+    together, alone = measure_later(tensors), measure_later(iter(tensors))
+    for found, expected in zip(together, alone, strict=True):
+        if isinstance(expected, Exception):
+            assert (type(found), str(found)) == (type(expected), str(expected))
+        else:
+            assert_same(sketch_of(found), sketch_of(expected))
 
 
 def test_a_batch_measures_the_values_that_were_there_when_they_were_added() -> None:

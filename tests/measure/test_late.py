@@ -99,7 +99,7 @@ def test_rows_of_gradients_are_tallied_as_at_once(zeros: tuple[int, ...], dtype:
     def handed_over() -> Iterator[torch.Tensor]:
         for gradient in gradients:
             yield gradient
-            found = column.rows_of_last(len(gradient), 64)
+            found = column.rows(-1, len(gradient), 64)
             assert found is not None
             waiting.append(found)
 
@@ -123,7 +123,7 @@ def test_what_is_measured_already_is_tallied_at_once_by_whoever_asks() -> None:
     assert group.tally(place, (3, 2), 1, None) is None
     assert group.rows(place, 3, 1) is None
     column = measure_later([torch.ones(100, 100)])
-    assert column.rows_of_last(100, 1) is None
+    assert column.rows(-1, 100, 1) is None
 
 
 def test_a_tally_that_fails_leaves_the_sketches(monkeypatch: pytest.MonkeyPatch) -> None:

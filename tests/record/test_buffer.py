@@ -45,6 +45,27 @@ def test_traits_are_shared_while_nothing_is_new_and_renewed_when_something_is() 
     assert list(close(buffer, 3, LATE, dtype=torch.float16).traits) == ["Parameters/late"]
 
 
+def test_many_tensors_are_noted_as_one_by_one() -> None:
+    """Whatever changes between two looks at many is noted: type, dimensions, wish for a gradient, what came alone."""
+    buffer, sites = Buffer(4), [FIRST, LATE]
+    tensors = [torch.ones(3), torch.ones(3)]
+    for first in (
+        torch.ones(3), torch.ones(3, requires_grad=True), torch.ones(3), torch.ones(1, 3), torch.ones(3).half(),
+    ):  # fmt: skip
+        tensors[0] = first
+        for _ in range(2):
+            buffer.note_all([*sites], [*tensors])
+            assert buffer.traits[FIRST] == (first.dtype, first.ndim, first.requires_grad, 1.0)
+            assert buffer.traits[LATE] == (torch.float32, 1, False, 1.0)
+    buffer.note(FIRST, torch.ones(2, 2))
+    buffer.note_all([*sites], [*tensors])
+    assert buffer.traits[FIRST].ndim == 1
+    buffer.divide(LATE, 8.0)
+    buffer.note_all([*sites], [*tensors])
+    assert buffer.traits[LATE].scale == 1.0
+    buffer.note_all([], [])
+
+
 def test_a_site_that_is_discarded_or_comes_twice_leaves_the_others_in_place() -> None:
     """Places in a column are those of its own tensors, whatever becomes of their neighbours."""
     buffer, third = Buffer(4), Site("parameters", "third")

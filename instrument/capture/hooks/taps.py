@@ -36,7 +36,7 @@ from instrument.capture.hooks.objects import (
 )
 from instrument.capture.names import ModuleEntry, Site, site_of
 from instrument.capture.outputs import named_tensors
-from instrument.torch_private import in_backward, in_compiled_call, in_functorch
+from instrument.torch_private import in_backward, in_compiled_call, in_functorch, put_back
 
 __all__ = ["PassListener", "Taps"]
 
@@ -116,7 +116,8 @@ class Taps:
         self._always_tell = always_tell
         self._root_hooks: list[_Attached] = []
         self._hooks: dict[str, _Attached] = {}
-        self._taps: dict[str, Tap] = {}  # made anew for each step they kept the garbage collector busy
+        # Made anew for each step they kept the garbage collector busy.
+        self._taps: dict[str, tuple[Tap, RemovableHandle]] = {}
         self._are_attached = False
         self._leaf_handles: list[RemovableHandle] = []
         self._open: dict[int, ForwardPass] = {}
@@ -161,10 +162,13 @@ class Taps:
             if entry.name in self._hooks or id(entry.module) in fused:
                 continue
             try:
-                tap = self._taps.get(entry.name)
-                if tap is None or not tap.is_of(entry.module):
-                    tap = self._taps[entry.name] = Tap(self, entry.name, entry.module)
-                self._hooks[entry.name] = (tap, entry.module.register_forward_hook(tap))
+                attached = self._taps.get(entry.name)
+                if attached is None or not attached[0].is_of(entry.module):
+                    attached = None
+                if attached is None or not put_back(attached[1], entry.module, attached[0]):
+                    tap = Tap(self, entry.name, entry.module) if attached is None else attached[0]
+                    attached = self._taps[entry.name] = (tap, entry.module.register_forward_hook(tap))
+                self._hooks[entry.name] = attached
             except Exception as error:
                 self._listener.failed(entry.name, error)
         self._listener.inside_graph(inside)
