@@ -89,24 +89,6 @@ class Column(Sequence["Sketch | Pending | Exception"]):
         """Places of the tensors that could not be measured, and why."""
         return ((place, item) for place, item in enumerate(self.items) if isinstance(item, Exception))
 
-    def rows(self, place: int, rows: int, samples: int) -> tuple[GatheredGroup, int] | None:
-        """The tally of the rows that are zero of the tensor at a place, where it is one of those measured together.
-
-        Args:
-            place: The place; -1 is that of the tensor that came last.
-            rows: How many rows it has.
-            samples: As for `instrument.measure.units.tally_rows`.
-
-        Returns:
-            Who makes it, and its number there.
-        """
-        item = self.items[place]
-        if not isinstance(item, int):
-            return None
-        group = self.groups[item // GROUP]
-        number = group.rows(item % GROUP, rows, samples)
-        return (group, number) if number is not None else None
-
     def item(self, place: int) -> Sketch | Pending:
         """The sketch at a place, or what will give it.
 

@@ -209,17 +209,23 @@ class Group(abc.ABC):
                 return None
             return self._wanted.add(place, shape, axis, slopes)
 
-    def rows(self, place: int, rows: int, samples: int) -> int | None:
-        """The same of the rows of a gradient that are zero.
+    def rows(self, wanted: Sequence[tuple[int, int, int]]) -> int | None:
+        """Have the rows that are zero tallied of several gradients.
 
         Args:
-            place: Its place.
-            rows: How many rows it has.
-            samples: As for `instrument.measure.units.tally_rows`.
+            wanted: Of each its place, how many rows it has, and its samples, as for
+                `instrument.measure.units.tally_rows`.
+
+        Returns:
+            The number of the first tally, behind which the others follow; None where all was measured already.
         """
         with self._lock:
-            width = self._lengths[place] // rows
-            return self._wanted.add_rows(place, rows, width, samples) if self._found is None else None
+            if self._found is not None:
+                return None
+            lengths = self._lengths
+            return self._wanted.add_rows(
+                (place, rows, lengths[place] // rows, samples) for place, rows, samples in wanted
+            )
 
     def late(self, number: int) -> LateTally:
         """What will give the tally of this number."""

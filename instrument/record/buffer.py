@@ -154,6 +154,7 @@ class Buffer:
         # Most sites have one sketch a step, and one tally: an object for each would keep the garbage collector busy.
         self._units: dict[str, int | Tally | list[Tally]] = {}
         self._has_new_traits = True
+        self._about: dict[Site, tuple[Any, ...]] = {}
         self._noted: dict[str, tuple[list[Site], list[Any]]] = {}
         self._last_tags: tuple[str, ...] = ()
 
@@ -232,6 +233,15 @@ class Buffer:
         if len(parts) > MERGE_AFTER and not any(isinstance(part, DeviceTally) for part in parts):
             parts[:] = [merge_tallies(parts)]
 
+    def add_units_of(self, names: Sequence[str], group: Group, first: int) -> None:
+        """The same of several modules; their tallies have numbers of a group that follow each other."""
+        if self._units.keys().isdisjoint(names):
+            start = PLACES * self._number_of(group) + first
+            self._units.update(zip(names, range(start, start + len(names)), strict=True))
+        else:
+            for number, name in enumerate(names, first):
+                self.add_units(name, group, number)
+
     def units(self) -> tuple[str, ...]:
         """Names of which the step has a tally."""
         return tuple(self._units)
@@ -246,15 +256,10 @@ class Buffer:
 
     def note(self, site: Site, tensor: torch.Tensor) -> None:
         """Note what the tensor of a site is besides its values; of most sites that is the same each step."""
-        traits = self.traits.get(site)
-        if (
-            traits is None
-            or traits.dtype is not tensor.dtype
-            or traits.ndim != tensor.ndim
-            or traits.requires_grad is not tensor.requires_grad
-            or traits.scale != 1.0
-        ):
-            self.traits[site] = Traits(tensor.dtype, tensor.ndim, tensor.requires_grad)
+        about = _ABOUT(tensor)
+        if self._about.get(site) != about:
+            self._about[site] = about
+            self.traits[site] = Traits(*about)
             self._has_new_traits = True
             self._noted.clear()
 
@@ -282,6 +287,7 @@ class Buffer:
         if traits is not None:
             self.traits[site] = traits._replace(scale=scale)
             self._has_new_traits = True
+            self._about.pop(site, None)
             self._noted.clear()
 
     def discard(self, site: Site) -> None:

@@ -25,6 +25,7 @@ from instrument.record.buffer import Buffer, StepRecord
 from instrument.record.ranks.group import position
 from instrument.torch_private import version_of, when_backward_ends
 from instrument.watcher.notices import Notices, place_of
+from instrument.watcher.rows import RowTallies
 from instrument.watcher.units import UnitJudge
 
 __all__ = ["Collector"]
@@ -58,10 +59,13 @@ class Collector:
         self.shards = Shards() if self._place.world > 1 else None
         """What of each tensor lies on this rank; None where there is one rank alone."""
         self.units = UnitJudge(config.functions, self.wants, notices.say, self._copied)
+        self._rows = RowTallies(self.units, self.buffer, notices)
         self._samples = 0
         self._has_looked = False
         self._has_seen_capturing = False
         self._sample_above = config.histogram_sample_above
+        self._wanted_sites: dict[Site, bool] = {}
+        self._faults = 0
         self._batch = Batch(self._sample_above)
         self._kept: dict[Site, Sketch | Pending] = {}
         self._kept_for: int | None = None
@@ -85,7 +89,14 @@ class Collector:
 
     def wants(self, site: Site) -> bool:
         """Whether this site is watched."""
-        return site.kind in self._kinds and self._patterns.match(site.name) and not self._notices.is_broken(site)
+        if self._faults != self._notices.faults:
+            self._faults = self._notices.faults
+            self._wanted_sites.clear()
+        known = self._wanted_sites.get(site)
+        if known is None:
+            known = site.kind in self._kinds and self._patterns.match(site.name) and not self._notices.is_broken(site)
+            self._wanted_sites[site] = known
+        return known
 
     def look(self) -> None:
         """Look at the model as it is now, and select."""
@@ -246,9 +257,8 @@ class Collector:
         sites += (site for site, _ in found)
         self.buffer.note_all(sites, wanted := [tensor for _, tensor in found])
         measure_later(wanted, self._sample_above, self._batch.devices, False, column)
-        for place, (site, tensor) in enumerate(found):
-            if site.kind == "gradients" and self.units.has_rows(site.name):
-                self._add_rows(site.name, tensor, column, place)
+        if found and found[0][0].kind == "gradients":
+            self._rows.add_all(found, column, self._samples or 1)
 
     def _wanted(
         self, tensors: Iterable[tuple[Site, torch.Tensor]], sites: list[Site], column: Column
@@ -257,7 +267,7 @@ class Collector:
 
         When the next one is asked for, the column has the last.
         """
-        kinds, is_broken, has_rows, note = self._kinds, self._notices.is_broken, self.units.has_rows, self.buffer.note
+        kinds, is_broken, note = self._kinds, self._notices.is_broken, self.buffer.note
         for site, tensor in tensors:
             kind, name = site
             if kind in kinds and not is_broken(site):
@@ -265,29 +275,8 @@ class Collector:
                 own = tensor if self.shards is None else self.shards.own(site, tensor)
                 sites.append(site)
                 yield own
-                if kind == "gradients" and has_rows(name):
-                    self._add_rows(name, tensor, column if own is tensor else None)
-
-    def _add_rows(self, parameter: str, gradient: torch.Tensor, column: Column | None, place: int = -1) -> None:
-        """Tally the rows of a gradient, where they are what tells of the units behind it.
-
-        Their samples are those that the module itself was seen to return, else those of the model's first output; where
-        neither was seen the step counts as one sample, which says less than there was.
-
-        Args:
-            parameter: Name of the parameter.
-            gradient: Its gradient.
-            column: Where that was measured; None where a part of it was,
-            place: and its place there.
-        """
-        samples = self.buffer.samples_of(parameter.rpartition(".")[0]) or self._samples or 1
-        try:
-            tally = self.units.rows(parameter, gradient, samples, column, place)
-        except Exception as error:
-            self._notices.failed(f"units of {parameter}", error)
-            return
-        if tally is not None:
-            self.buffer.add_units(parameter, *tally)
+                if kind == "gradients":
+                    self._rows.add(name, tensor, column if own is tensor else None, self._samples or 1)
 
     def judge(self, name: str, inputs: Any, output: Any, taken: list[Any]) -> None:
         """Tally the units of a module that has returned; see `UnitJudge.judge`.

@@ -26,6 +26,8 @@ class Notices:
         self._strict = strict
         self._told: set[str] = set()
         self._broken: set[str] = set()
+        self.faults = 0
+        """How often this library has failed so far."""
 
     def say(self, text: str) -> None:
         """Say something once, as a notice and as a warning."""
@@ -39,6 +41,7 @@ class Notices:
         if self._strict:
             raise error
         self._broken.add(place)
+        self.faults += 1
         self.say(f"{place}: this library failed with {type(error).__name__}: {error}; it is left out from now on")
 
     def is_broken(self, site: Site) -> bool:

@@ -14,12 +14,11 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from instrument.capture.hooks import Taps
-from instrument.capture.names import ModuleEntry, Site
+from instrument.capture.names import ModuleEntry
 from instrument.capture.parameters import Pairs
 from instrument.capture.patterns import Patterns
 from instrument.capture.steps import StepClock
@@ -69,6 +68,8 @@ class Session:
         """What could not be observed, and why."""
         self.collector = Collector(model, config, patterns, self.notices)
         self.buffer = self.collector.buffer
+        # What hooks call for each module goes to the collector without a detour.
+        self.wants, self.take, self.judge = self.collector.wants, self.collector.take, self.collector.judge
         self._pid = os.getpid()
         self.schedule = Schedule(config.histogram_interval, config.scalar_interval)
         """Which steps are sampled."""
@@ -139,18 +140,6 @@ class Session:
     def inside_graph(self, names: Iterable[str]) -> None:
         """Modules that are part of a compiled graph and so are not observed."""
         self._inside_graph.update(dict.fromkeys(names))
-
-    def wants(self, site: Site) -> bool:
-        """Whether this site is watched."""
-        return self.collector.wants(site)
-
-    def take(self, site: Site, tensor: torch.Tensor, taken: list[Any]) -> None:
-        """Measure a tensor as it is now, at once or later, where that can be done."""
-        self.collector.take(site, tensor, taken)
-
-    def judge(self, name: str, inputs: Any, output: Any, taken: list[Any]) -> None:
-        """Tally what the units of a module did, where something tells."""
-        self.collector.judge(name, inputs, output, taken)
 
     def failed(self, place: str, error: Exception) -> None:
         """Tell of a fault of ours; raise it in strict mode."""

@@ -29,7 +29,6 @@ from instrument.capture.outputs import named_tensors
 from instrument.capture.patterns import Pattern
 from instrument.errors import UnmeasurableError
 from instrument.measure import native
-from instrument.measure.batch import Column
 from instrument.measure.groups import ArrivingGroup, Group
 from instrument.measure.pending import ALONE
 from instrument.measure.slopes import Slopes, slopes_named, slopes_of
@@ -99,7 +98,7 @@ class UnitJudge:
         self._say = say
         self._copied = copied
         self._roles: dict[str, _Role] = {}
-        self._with_rows: set[str] = set()
+        self._with_rows: dict[str, str] = {}
         self._root: str | None = None
         self._last_layer: str | None = None
         self._keys: dict[str, dict[str, str]] = {}
@@ -123,7 +122,7 @@ class UnitJudge:
             role = self._roles.get(entry.name)
             roles[entry.name] = role if role is not None and role.module() is entry.module else self._role(entry)
         self._roles = roles
-        self._with_rows = {f"{name}.weight" for name, role in roles.items() if role.weight_axis is not None}
+        self._with_rows = {f"{name}.weight": name for name, role in roles.items() if role.weight_axis is not None}
 
     def pass_starts(self) -> None:
         """The root is called: no layer has run yet."""
@@ -169,37 +168,38 @@ class UnitJudge:
             return None
         return (name if role.is_layer or before is None else self._key(name, before[0])) + path, *tally
 
-    def has_rows(self, parameter: str) -> bool:
-        """Whether rows of a parameter's gradient may tell what units do."""
-        return parameter in self._with_rows
+    def module_of_rows(self, parameter: str) -> str | None:
+        """Name of the module of whose units rows of a parameter's gradient tell, where nothing else tells of them.
 
-    def rows(
-        self, parameter: str, gradient: torch.Tensor, samples: int, column: Column | None = None, place: int = -1
-    ) -> tuple[Tally | Group, int] | None:
-        """Tally the rows of a gradient that are zero, where nothing else tells what the units behind it do.
+        None where the rows tell nothing, or a nonlinearity was seen behind the layer.
+        """
+        name = self._with_rows.get(parameter)
+        if name is None or name in self._judged or name == self._last_layer:
+            return None
+        return name if self._wants(site_of("activations", name)) else None
+
+    def are_rows_first(self, name: str) -> bool:
+        """Whether the units of a module are the first dimension of its weight."""
+        return self._roles[name].weight_axis == 0
+
+    def rows(self, parameter: str, gradient: torch.Tensor, samples: int) -> Tally | None:
+        """Tally the rows of a gradient that are zero.
 
         Args:
-            parameter: Name of a parameter that `has_rows`.
+            parameter: Name of a parameter that `module_of_rows` knows.
             gradient: Its gradient, as the optimizer will use it.
             samples: Samples that the gradient is of, at least 1.
-            column: Where the gradient was measured, if it was,
-            place: and its place there.
 
         Returns:
-            The tally and `ALONE`, or the group that will make it and its number there; None where the rows tell
-            nothing, or a nonlinearity was seen behind the layer.
+            The tally; None where the gradient cannot be read.
         """
-        name = parameter.removesuffix(".weight")
-        role = self._roles[name]
-        assert role.weight_axis is not None
-        if name in self._judged or name == self._last_layer or not self._wants(site_of("activations", name)):
+        axis = self._roles[self._with_rows[parameter]].weight_axis
+        assert axis is not None
+        if not can_hide():
             return None
-        late = column.rows(place, len(gradient), samples) if column is not None and role.weight_axis == 0 else None
-        if late is not None or not can_hide():
-            return late
         try:
             with Unseen():
-                return tally_rows(gradient, role.weight_axis, samples), ALONE
+                return tally_rows(gradient, axis, samples)
         except UnmeasurableError:
             return None
 

@@ -81,9 +81,9 @@ class _Twin:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
         self.watcher = instrument.watch(self.model, logdir=directory, interval=10, scalar_interval=1)
         if not what:
-            collector = self.watcher._session.collector
-            collector.judge = collector.units.rows = lambda *_: None
-            collector.units.silent = lambda _: ()
+            session = self.watcher._session
+            session.judge = session.collector.units.module_of_rows = lambda *_: None
+            session.collector.units.silent = lambda _: ()
         if "findings" not in what:
             self.watcher._checkup = None
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from instrument.measure.batch import Batch, Column, measure_later
-from instrument.measure.groups import ArrivingGroup
+from instrument.measure.groups import GROUP, ArrivingGroup
 from instrument.measure.slopes import slopes_named
 from instrument.measure.units import LateTallies, UnitTally, late, tally_rows, tally_units
 from instrument.torch_private import Unseen
@@ -99,13 +99,20 @@ def test_rows_of_gradients_are_tallied_as_at_once(zeros: tuple[int, ...], dtype:
     def handed_over() -> Iterator[torch.Tensor]:
         for gradient in gradients:
             yield gradient
-            found = column.rows(-1, len(gradient), 64)
+            item = column.items[-1]
+            assert isinstance(item, int)
+            group = column.groups[item // GROUP]
+            found = group.rows([(item % GROUP, len(gradient), 64)])
             assert found is not None
-            waiting.append(found)
+            waiting.append((group, found))
 
     measure_later(handed_over(), column=column)
+    (together,) = column.groups
+    first = together.rows([(place, len(gradient), 64) for place, gradient in enumerate(gradients)])
+    assert first == len(waiting)
+    waiting += [(together, first + number) for number in range(len(gradients))]
     with Unseen():
-        expected = [tally_rows(gradient, 0, 64) for gradient in gradients]
+        expected = [tally_rows(gradient, 0, 64) for gradient in gradients] * 2
     for gradient in gradients:
         gradient.fill_(1.0)
     for (group, number), other in zip(waiting, expected, strict=True):
@@ -115,15 +122,13 @@ def test_rows_of_gradients_are_tallied_as_at_once(zeros: tuple[int, ...], dtype:
 
 
 def test_what_is_measured_already_is_tallied_at_once_by_whoever_asks() -> None:
-    """Once the values are gone, a group takes no more wishes, and tensors that are measured alone never do."""
+    """Once the values are gone, a group takes no more wishes."""
     batch = Batch()
     group, place = batch.put(torch.ones(3, 2))
     assert isinstance(group, ArrivingGroup)
     group.sketches()
     assert group.tally(place, (3, 2), 1, None) is None
-    assert group.rows(place, 3, 1) is None
-    column = measure_later([torch.ones(100, 100)])
-    assert column.rows(-1, 100, 1) is None
+    assert group.rows([(place, 3, 1)]) is None
 
 
 def test_a_tally_that_fails_leaves_the_sketches(monkeypatch: pytest.MonkeyPatch) -> None:

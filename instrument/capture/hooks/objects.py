@@ -159,8 +159,8 @@ class Tap(ModuleHook):
         if torch.compiler.is_compiling():
             _note_tracing(self.key)
         else:
-            taps = self._live(module)
-            if taps is not None:
+            taps = self._taps()
+            if taps is not None and self._module() is module:  # as `_live` says, without a call for each module
                 taps.module_called(self._name, module, args, output)
 
 

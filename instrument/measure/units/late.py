@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -145,11 +145,20 @@ class LateTallies:
         self.samples.append(math.prod(shape[:axis]))
         return len(self.samples) - 1
 
-    def add_rows(self, index: int, rows: int, width: int, samples: int) -> int:
-        """Want the tally of the rows of a gradient that are zero; see `instrument.measure.units.tally_rows`."""
-        self._gradients += (len(self.samples), index, rows, width, samples)
-        self.samples.append(samples)
-        return len(self.samples) - 1
+    def add_rows(self, wanted: Iterable[tuple[int, int, int, int]]) -> int:
+        """Want tallies of the rows of gradients that are zero; see `instrument.measure.units.tally_rows`.
+
+        Args:
+            wanted: Of each its place in the group, how many rows it has, of how many values, and its samples.
+
+        Returns:
+            The number of the first tally.
+        """
+        first = len(self.samples)
+        for number, (index, rows, width, samples) in enumerate(wanted, first):
+            self._gradients += (number, index, rows, width, samples)
+            self.samples.append(samples)
+        return first
 
     def found(self, number: int) -> UnitTally | Exception | None:
         """The tally of this number, or what went wrong; None where it was not made."""
