@@ -2,7 +2,7 @@
 
 TensorBoard keeps ten pictures of a tag, the newest among them, so each shows the whole history. A picture takes some
 10 ms to draw, whatever the step cost; so they are drawn at flush 1, 2, 4, 8 ... and at the end. Where that would take
-more than a small share of the time between two flushes, they are drawn by and by, in the flushes that follow.
+more than a small share of the time of the training, they are drawn by and by, in the flushes that follow.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PROFILE_STATISTIC = "by_depth"
 PROFILE_NAME = "rms"
 
 SHARE = 0.02
-"""Of the time since the flush before, how much unit maps may take, unless the training is over; one is always drawn.
-Those of 400 layers, whose steps take 75 ms, would take as long as 60 of these."""
+"""Of the time of the steps since the flush before, how much unit maps may take, unless the training is over; one is
+always drawn. Those of 400 layers, whose steps take 75 ms, would take as long as 60 of these."""
 
 
 class Album:
@@ -38,19 +38,19 @@ class Album:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._flushed = clock()
         self._units = UnitHistory()
         self._first: dict[str, tuple[int, Mapping[str, float]]] = {}
         self._last: dict[str, tuple[int, Mapping[str, float]]] = {}
         self._flushes = 0
         self._due: dict[str, None] = {}
 
-    def pictures(self, reading: Reading, is_last: bool) -> list[Summary.Value]:
+    def pictures(self, reading: Reading, is_last: bool, seconds: float = 0.0) -> list[Summary.Value]:
         """The pictures that are due after a flush.
 
         Args:
             reading: Of the flush.
             is_last: Whether the training is over.
+            seconds: What the steps since the flush before have taken.
 
         Returns:
             Images; none where none is due.
@@ -66,16 +66,15 @@ class Album:
         if is_due:
             self._due.update(dict.fromkeys(self._units.drawn))
         profiles = (self._profile(kind) for kind in self._last) if is_due else ()
-        return [*(value for value in profiles if value is not None), *self._maps(is_last)]
+        return [*(value for value in profiles if value is not None), *self._maps(is_last, seconds)]
 
-    def _maps(self, is_last: bool) -> Iterator[Summary.Value]:
+    def _maps(self, is_last: bool, seconds: float) -> Iterator[Summary.Value]:
         """The unit maps that are due, all of them or as many as there is time for."""
-        now, before = self._clock(), self._flushed
-        self._flushed = now
+        start = self._clock()
         for name in list(self._due):
             yield self._units.value(name)
             del self._due[name]
-            if not is_last and self._clock() - now >= SHARE * (now - before):
+            if not is_last and self._clock() - start >= SHARE * seconds:
                 return
 
     def _profile(self, kind: str) -> Summary.Value | None:

@@ -36,6 +36,8 @@ class Examination:
     """Whether units were judged, and histograms are written."""
     is_last: bool = False
     """Whether the training is over."""
+    wall_time: float = 0.0
+    """Seconds since 1970 at which the step ended."""
 
 
 class _Seen:
@@ -185,7 +187,7 @@ class Doctor:
             loss = self._loss_of(record.step, since if since != record.step else None)
             parameters: Mapping[str, ParameterTraits] = self.readings[-1].parameters if self.readings else {}
             reading = Reading.of_record(record, units, loss, parameters)
-            self._done.append(Examination(reading, self._examine(reading), is_flush))
+            self._done.append(Examination(reading, self._examine(reading), is_flush, wall_time=record.wall_time))
 
     def _is_due(self, step: int) -> bool:
         """Whether units are judged on a step; those of a run that was resumed begin anew."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +50,8 @@ class Summaries:
         self._about: tuple[tuple[str, ...], Mapping[str, ParameterTraits]] | None = None
         self._album = Album()
         self._has_layout = False
+        self._ends: list[float] = []
+        """When the last steps ended, from the one of the last flush on."""
 
     def of(self, examination: Examination) -> list[Summary.Value]:
         """The values of one examination, for an event of its step.
@@ -60,6 +64,7 @@ class Summaries:
         """
         reading = examination.reading
         values = _derived(reading)
+        self._ends.append(examination.wall_time)
         if not self._has_layout:
             self._has_layout = True
             values.append(layout_value(self._config["kinds"]))
@@ -76,8 +81,14 @@ class Summaries:
             values += _of_units(reading.units)
             rows = health_rows(tuple(self._doctor.readings), reading.units, self._doctor.active())
             values.append(_text(HEALTH_TAG, health_markdown(rows, self._doctor.active(), about[0])))
-            values += self._album.pictures(reading, is_last=examination.is_last)
+            values += self._album.pictures(reading, is_last=examination.is_last, seconds=self._seconds())
+            self._ends = self._ends[-1:]
         return values
+
+    def _seconds(self) -> float:
+        """What the steps since the last flush have taken, without an evaluation or a pause between two of them."""
+        lengths = [later - earlier for earlier, later in itertools.pairwise(self._ends)]
+        return statistics.median(lengths) * len(lengths) if lengths else 0.0
 
     def _watch(self, notices: Sequence[str], parameters: Mapping[str, ParameterTraits]) -> dict[str, Any]:
         return {

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+from instrument.config import Config
 from instrument.diagnose.album import SHARE, Album
+from instrument.diagnose.doctor import Doctor, Examination
 from instrument.diagnose.readings import Reading
+from instrument.diagnose.summaries import Summaries
 
 from .statuses import status
 
@@ -22,16 +27,16 @@ class Clock:
         return self.now
 
 
-def flush(album: Album, step: int, layers: list[str], is_last: bool = False) -> list[str]:
-    """Tags of the pictures that a flush draws."""
+def flush(album: Album, step: int, layers: list[str], seconds: float = 1e9, is_last: bool = False) -> list[str]:
+    """Tags of the pictures that a flush draws after steps that took so long."""
     units = {name: status(name, [0.0, 0.5], step) for name in layers}
-    return [value.tag for value in album.pictures(Reading(step, {}, units), is_last)]
+    return [value.tag for value in album.pictures(Reading(step, {}, units), is_last, seconds)]
 
 
 def test_one_picture_is_drawn_however_short_steps_are() -> None:
     """A network whose steps take next to no time gets its pictures one a flush."""
     album = Album(Clock())
-    assert [flush(album, step, LAYERS[:2]) for step in range(2)] == [tags(LAYERS[:1]), tags(LAYERS[1:2])]
+    assert [flush(album, step, LAYERS[:2], 0.0) for step in range(2)] == [tags(LAYERS[:1]), tags(LAYERS[1:2])]
 
 
 def tags(layers: list[str]) -> list[str]:
@@ -40,11 +45,8 @@ def tags(layers: list[str]) -> list[str]:
 
 def test_a_few_layers_are_drawn_at_flush_1_2_4_and_at_the_end() -> None:
     """Each picture shows the whole history, so that fewer and fewer tell all there is to see."""
-    clock, few = Clock(), LAYERS[:3]
-    album, drawn = Album(clock), []
-    for step in range(9):
-        clock.now += 1e3
-        drawn.append(flush(album, step, few))
+    album, few = Album(Clock()), LAYERS[:3]
+    drawn = [flush(album, step, few) for step in range(9)]
     assert [bool(found) for found in drawn] == [True, True, False, True, False, False, False, True, False]
     assert drawn[0] == drawn[7] == tags(few)
     assert flush(album, 9, few, is_last=True) == tags(few)
@@ -52,14 +54,21 @@ def test_a_few_layers_are_drawn_at_flush_1_2_4_and_at_the_end() -> None:
 
 def test_many_layers_are_drawn_by_and_by() -> None:
     """Those that were left come after the next flushes in their order, each once; at the end come all."""
-    clock = Clock()
-    album, drawn = Album(clock), []
-    for step in range(8):
-        clock.now += (AT_ONCE - 0.5) / SHARE - AT_ONCE
-        drawn.append(flush(album, step, LAYERS))
+    album = Album(Clock())
+    drawn = [flush(album, step, LAYERS, (AT_ONCE - 0.5) / SHARE) for step in range(8)]
     assert max(map(len, drawn)) == AT_ONCE
     waited = drawn[0] + drawn[1] + drawn[2]
     assert waited[: len(LAYERS)] == tags(LAYERS)
     assert waited[len(LAYERS) :] == tags(LAYERS)[: 3 * AT_ONCE - len(LAYERS)]  # due again since flush 2
     assert {tag for found in drawn[3:] for tag in found} == set(tags(LAYERS))
     assert sorted(flush(album, 8, LAYERS, is_last=True)) == sorted(tags(LAYERS))
+
+
+def test_an_evaluation_between_two_steps_is_no_time_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pictures may take is a share of the steps since the last flush, however long the loop did something else."""
+    told: list[float] = []
+    monkeypatch.setattr(Album, "pictures", lambda self, reading, is_last, seconds: told.append(seconds) or [])
+    summaries = Summaries(Doctor(Config(), None), Config(), lambda: ())
+    for step, end in enumerate((100.0, 101.0, 102.0, 103.0, 163.0, 164.0, 166.0, 168.0)):
+        summaries.of(Examination(Reading(step, {}, {}), (), is_flush=step in (0, 5, 7), wall_time=end))
+    assert told == [0.0, 5.0, 4.0]
