@@ -67,7 +67,12 @@ def test_many_layers_are_drawn_by_and_by() -> None:
 def test_an_evaluation_between_two_steps_is_no_time_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """What pictures may take is a share of the steps since the last flush, however long the loop did something else."""
     told: list[float] = []
-    monkeypatch.setattr(Album, "pictures", lambda self, reading, is_last, seconds: told.append(seconds) or [])
+
+    def pictures(self: Album, reading: Reading, is_last: bool, seconds: float) -> list[object]:
+        told.append(seconds)
+        return []
+
+    monkeypatch.setattr(Album, "pictures", pictures)
     summaries = Summaries(Doctor(Config(), None), Config(), lambda: ())
     for step, end in enumerate((100.0, 101.0, 102.0, 103.0, 163.0, 164.0, 166.0, 168.0)):
         summaries.of(Examination(Reading(step, {}, {}), (), is_flush=step in (0, 5, 7), wall_time=end))
