@@ -25,8 +25,11 @@ PROFILE_STATISTIC = "by_depth"
 PROFILE_NAME = "rms"
 
 SHARE = 0.02
-"""Of the time of the steps since the flush before, how much unit maps may take, unless the training is over; one is
-always drawn. Those of 400 layers, whose steps take 75 ms, would take as long as 60 of these."""
+"""Of the time of the steps, how much unit maps may take until the training is over. Those of 400 layers, whose steps
+take 75 ms, would take as long as 60 of these."""
+
+FIRST_SECONDS = 0.1
+"""What may be drawn after the first flush, and never saved up beyond: the maps of ten layers or so."""
 
 
 class Album:
@@ -38,6 +41,8 @@ class Album:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
+        self._left = FIRST_SECONDS
+        """Seconds for which unit maps may be drawn; below zero where the last one took longer."""
         self._units = UnitHistory()
         self._first: dict[str, tuple[int, Mapping[str, float]]] = {}
         self._last: dict[str, tuple[int, Mapping[str, float]]] = {}
@@ -70,12 +75,15 @@ class Album:
 
     def _maps(self, is_last: bool, seconds: float) -> Iterator[Summary.Value]:
         """The unit maps that are due, all of them or as many as there is time for."""
-        start = self._clock()
+        self._left = min(self._left + SHARE * seconds, max(FIRST_SECONDS, SHARE * seconds))
         for name in list(self._due):
-            yield self._units.value(name)
-            del self._due[name]
-            if not is_last and self._clock() - start >= SHARE * seconds:
+            if self._left <= 0.0 and not is_last:
                 return
+            start = self._clock()
+            value = self._units.value(name)
+            self._left -= self._clock() - start
+            del self._due[name]
+            yield value
 
     def _profile(self, kind: str) -> Summary.Value | None:
         first, then = self._first[kind]

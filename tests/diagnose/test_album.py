@@ -17,7 +17,7 @@ LAYERS = [f"layers.{number}" for number in range(2 * AT_ONCE + 3)]
 
 
 class Clock:
-    """Seconds of a training, in which somebody looks at the clock once a second."""
+    """Seconds of a training, of which each look at the clock takes one."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -33,10 +33,15 @@ def flush(album: Album, step: int, layers: list[str], seconds: float = 1e9, is_l
     return [value.tag for value in album.pictures(Reading(step, {}, units), is_last, seconds)]
 
 
-def test_one_picture_is_drawn_however_short_steps_are() -> None:
-    """A network whose steps take next to no time gets its pictures one a flush."""
-    album = Album(Clock())
-    assert [flush(album, step, LAYERS[:2], 0.0) for step in range(2)] == [tags(LAYERS[:1]), tags(LAYERS[1:2])]
+def test_pictures_take_their_share_of_the_time_however_short_steps_are() -> None:
+    """One is drawn at the first flush; then as many as fit into the share, and what is not used up is not saved up."""
+    album, seconds = Album(Clock()), 0.3 / SHARE
+    drawn = [len(flush(album, step, LAYERS, seconds)) for step in range(40)]
+    assert drawn[0] == 1 == max(drawn)
+    assert sum(drawn) in (12, 13)  # of 1 s each, in 40 times 0.3 s
+    for step in range(40, 63):
+        flush(album, step, LAYERS[:1], 1e9)
+    assert len(flush(album, 63, LAYERS, 0.0)) == 1  # all are due at flush 64
 
 
 def tags(layers: list[str]) -> list[str]:
@@ -55,7 +60,7 @@ def test_a_few_layers_are_drawn_at_flush_1_2_4_and_at_the_end() -> None:
 def test_many_layers_are_drawn_by_and_by() -> None:
     """Those that were left come after the next flushes in their order, each once; at the end come all."""
     album = Album(Clock())
-    drawn = [flush(album, step, LAYERS, (AT_ONCE - 0.5) / SHARE) for step in range(8)]
+    drawn = [flush(album, step, LAYERS, AT_ONCE / SHARE) for step in range(8)]
     assert max(map(len, drawn)) == AT_ONCE
     waited = drawn[0] + drawn[1] + drawn[2]
     assert waited[: len(LAYERS)] == tags(LAYERS)
