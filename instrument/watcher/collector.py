@@ -102,7 +102,8 @@ class Collector:
         """Look at the model as it is now, and select."""
         self._selector.look()
         model = self._model()
-        self.parameters.select(self._selector.parameters)
+        if self._selector.is_new or not self._has_looked:
+            self.parameters.select(self._selector.parameters)
         if self._selector.is_new and model is not None:
             self.units.select(self._selector.modules(), self._selector.last_layer)
             if self.shards is not None:
@@ -221,8 +222,7 @@ class Collector:
     def open(self, step: int) -> None:
         """Begin the record of a step, or go on with it."""
         if self.buffer.step is None:
-            if not self._has_looked or self._selector.is_new:  # a first pass may make parameters
-                self.look()
+            self.look()  # once more: modules may have been replaced since the forward pass
             self._has_looked = False
             self._samples = 0
         self.buffer.open(step)
