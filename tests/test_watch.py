@@ -538,3 +538,66 @@ def test_a_module_replaced_after_a_forward_is_seen_in_the_step(tmp_path: Path) -
     assert record["Parameters/2.weight"].count == 40
     assert record["Gradients/2.weight"].count == 40
     assert record["Parameters/3.weight"].count == 5
+
+
+class Made(nn.Module):
+    """A layer whose weight is made when it is first called."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of shape (n, 8) for any x of shape (n, inputs)."""
+        if not hasattr(self, "weight"):
+            self.weight = nn.Parameter(torch.ones(x.shape[-1], 8))
+        return x @ self.weight
+
+
+class Scaled(nn.Linear):
+    """A layer whose weight is a number."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.weight = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the shape of x."""
+        return x * self.weight + self.bias
+
+
+def test_a_parameter_made_in_a_dry_run_is_there_on_the_first_step(tmp_path: Path) -> None:
+    """What the first call makes is measured on the first step, with its gradient."""
+    model = nn.Sequential(Made(), nn.Linear(8, 2))
+    with instrument.watch(model, logdir=tmp_path, interval=1) as watcher:
+        model(torch.ones(3, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+        watcher.flush()
+        record = watcher.history[0]
+    assert (record["Parameters/0.weight"].count, record["Gradients/0.weight"].count) == (32, 32)
+
+
+def test_a_weight_that_is_a_number_costs_no_other_its_gradient(tmp_path: Path) -> None:
+    """Of a weight without rows no rows are tallied, and all gradients are there."""
+    model = nn.Sequential(nn.Linear(4, 4), Scaled(), nn.Linear(4, 1))
+    with instrument.watch(model, logdir=tmp_path, interval=1, strict=True) as watcher:
+        train(model, sgd(model), 3)
+        watcher.flush()
+        names = {tag.partition("/")[2] for tag in watcher.history[-1] if tag.startswith("Gradients/")}
+        assert names == {name for name, _ in model.named_parameters()}
+        assert not watcher.notices
+
+
+def test_a_hook_put_on_a_parameter_after_the_forward_keeps_no_model_alive(tmp_path: Path) -> None:
+    """Parameters whose hooks lead back to their model are let go with it, whenever the hooks came."""
+    model = mlp()
+    optimizer = sgd(model)
+    watcher = instrument.watch(model, logdir=tmp_path, interval=100)
+    loss = model(torch.ones(3, 4)).sum()
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient, model=model: None)
+    loss.backward()
+    optimizer.step()
+    alive = weakref.ref(model)
+    del model, optimizer, loss, parameter
+    gc.collect()
+    assert alive() is None
+    watcher.close()

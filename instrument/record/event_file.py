@@ -137,7 +137,7 @@ class EventFile:
                 view = memoryview(part)
                 while view:
                     view = view[os.write(self._file, view[:CHUNK_BYTES]) :]
-        except OSError:
+        except BaseException:  # Ctrl-C too, where this runs in the main thread at exit
             if self._file >= 0:
                 os.ftruncate(self._file, self._good)
             raise

@@ -23,7 +23,7 @@ from instrument.measure.pending import ALONE, Divided, Pending
 from instrument.measure.sketch import Sketch
 from instrument.record.buffer import Buffer, StepRecord
 from instrument.record.ranks.group import position
-from instrument.torch_private import version_of, when_backward_ends
+from instrument.torch_private import Unseen, version_of, when_backward_ends
 from instrument.watcher.notices import Notices, place_of
 from instrument.watcher.rows import RowTallies
 from instrument.watcher.units import UnitJudge
@@ -61,7 +61,6 @@ class Collector:
         self.units = UnitJudge(config.functions, self.wants, notices.say, self._copied)
         self._rows = RowTallies(self.units, self.buffer, notices)
         self._samples = 0
-        self._has_looked = False
         self._has_seen_capturing = False
         self._sample_above = config.histogram_sample_above
         self._wanted_sites: dict[Site, bool] = {}
@@ -98,11 +97,11 @@ class Collector:
             self._wanted_sites[site] = known
         return known
 
-    def look(self) -> None:
-        """Look at the model as it is now, and select."""
+    def look(self, for_modules: bool = False) -> None:
+        """Look at the model as it is now, and select; for its modules alone where parameters are read later."""
         self._selector.look()
         model = self._model()
-        if self._selector.is_new or not self._has_looked:
+        if not for_modules:
             self.parameters.select(self._selector.parameters)
         if self._selector.is_new and model is not None:
             self.units.select(self._selector.modules(), self._selector.last_layer)
@@ -116,8 +115,7 @@ class Collector:
     def modules(self) -> Iterator[ModuleEntry]:
         """The selected modules, as the model is now."""
         if MODULE_KINDS.intersection(self._kinds):
-            self.look()
-            self._has_looked = True
+            self.look(for_modules=True)
             yield from self._selector.modules()
 
     def _bases(self) -> Iterator[Site]:
@@ -223,7 +221,6 @@ class Collector:
         """Begin the record of a step, or go on with it."""
         if self.buffer.step is None:
             self.look()  # once more: modules may have been replaced since the forward pass
-            self._has_looked = False
             self._samples = 0
         self.buffer.open(step)
 
@@ -255,10 +252,14 @@ class Collector:
         kinds, is_broken = self._kinds, self._notices.is_broken
         found = [pair for pair in tensors if pair[0].kind in kinds and not is_broken(pair[0])]
         sites += (site for site, _ in found)
-        self.buffer.note_all(sites, wanted := [tensor for _, tensor in found])
+        with Unseen():
+            self.buffer.note_all(sites, wanted := [tensor for _, tensor in found])
         measure_later(wanted, self._sample_above, self._batch.devices, False, column)
         if found and found[0][0].kind == "gradients":
-            self._rows.add_all(found, column, self._samples or 1)
+            try:
+                self._rows.add_all(found, column, self._samples or 1)
+            except Exception as error:  # which must not cost the sketches
+                self._notices.failed("units by rows of gradients", error)
 
     def _wanted(
         self, tensors: Iterable[tuple[Site, torch.Tensor]], sites: list[Site], column: Column

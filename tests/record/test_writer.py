@@ -5,6 +5,7 @@ Each case runs in a process of its own, and what is on disk afterwards is read b
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 
 import instrument
+from instrument.record.event_file import CHUNK_BYTES, EventFile
 from instrument.record.events import Damage, check_file, frame, scan
 from instrument.record.runs import event_files
 
@@ -427,3 +430,21 @@ def test_nan_and_inf_reach_no_edge_and_no_bucket(tmp_path: Path) -> None:
     assert scalars["Gradients.nan_count/weight"] == {1: 1.0, 2: 4.0, 3: 0.0}
     assert scalars["Gradients.inf_count/weight"] == {1: 1.0, 2: 0.0, 3: 0.0}
     assert list(scalars["Gradients.rms/weight"]) == [0, 1, 3]
+
+
+def test_ctrl_c_in_the_middle_of_a_record_leaves_nothing_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large record goes out in pieces; what an interrupt leaves of one is cut off, and the next attempt is whole."""
+    file, calls, write = EventFile(tmp_path), itertools.count(), os.write
+
+    def interrupted(descriptor: int, data: bytes) -> int:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return write(descriptor, data)
+
+    monkeypatch.setattr("instrument.record.event_file.os.write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        file.write(Event(step=1, file_version="x" * (3 * CHUNK_BYTES)).SerializeToString())
+    file.write(Event(step=2).SerializeToString())
+    file.close()
+    check = check_file(file.path)
+    assert (check.damage, check.records) == (None, 3)
