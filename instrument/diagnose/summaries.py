@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,9 @@ __all__ = ["EVENTS_TAG", "HEALTH_TAG", "Summaries"]
 HEALTH_TAG = "health"
 EVENTS_TAG = "health/events"
 
+_ENDS_KEPT = 64
+"""Steps whose usual length is that of those since the last flush, of which there may be thousands."""
+
 _EVENTS_KEPT = 200
 """Lines of the log of events; each text holds them all, since TensorBoard shows a sample of the texts of a tag."""
 
@@ -50,8 +54,10 @@ class Summaries:
         self._about: tuple[tuple[str, ...], Mapping[str, ParameterTraits]] | None = None
         self._album = Album()
         self._has_layout = False
-        self._ends: list[float] = []
-        """When the last steps ended, from the one of the last flush on."""
+        self._ends: deque[float] = deque(maxlen=_ENDS_KEPT)
+        """When the last steps ended."""
+        self._steps = 0
+        """Steps since the last flush."""
 
     def of(self, examination: Examination) -> list[Summary.Value]:
         """The values of one examination, for an event of its step.
@@ -65,6 +71,7 @@ class Summaries:
         reading = examination.reading
         values = _derived(reading)
         self._ends.append(examination.wall_time)
+        self._steps += 1
         if not self._has_layout:
             self._has_layout = True
             values.append(layout_value(self._config["kinds"]))
@@ -82,13 +89,13 @@ class Summaries:
             rows = health_rows(tuple(self._doctor.readings), reading.units, self._doctor.active())
             values.append(_text(HEALTH_TAG, health_markdown(rows, self._doctor.active(), about[0])))
             values += self._album.pictures(reading, is_last=examination.is_last, seconds=self._seconds())
-            self._ends = self._ends[-1:]
+            self._steps = 0
         return values
 
     def _seconds(self) -> float:
         """What the steps since the last flush have taken, without an evaluation or a pause between two of them."""
         lengths = [later - earlier for earlier, later in itertools.pairwise(self._ends)]
-        return statistics.median(lengths) * len(lengths) if lengths else 0.0
+        return statistics.median(lengths) * self._steps if lengths else 0.0
 
     def _watch(self, notices: Sequence[str], parameters: Mapping[str, ParameterTraits]) -> dict[str, Any]:
         return {
