@@ -190,28 +190,24 @@ def _are_taken_together(tensors: Sequence[torch.Tensor], column: Column, sample_
     if known is None:
         return False
     sizes, addresses = known
-    found, first = column.items, len(column.items)
-    places: Sequence[int] = range(first, first + len(tensors))
-    together = tensors
-    if 0 in sizes:
-        places = [first + place for place, size in enumerate(sizes) if size]
-        together = [tensors[place - first] for place in places]
-        addresses = [addresses[place - first] for place in places]
-        sizes = [size for size in sizes if size]
-    found += [_NOT_LAUNCHED] * len(tensors)
-    rest = iter(places)
-    for group in GatheredGroup.of(together, sizes, addresses):
-        number = len(column.groups) * GROUP
+    is_small = list(map(bool, sizes))
+    together = list(itertools.compress(tensors, is_small))
+    addresses = list(itertools.compress(addresses, is_small))
+    places: list[int] = []
+    for number, group in enumerate(
+        GatheredGroup.of(together, list(filter(None, sizes)), addresses), len(column.groups)
+    ):
         column.groups.append(group)
-        for item, place in enumerate(itertools.islice(rest, len(group)), number):
-            found[place] = item
-    if len(together) < len(tensors):
-        for place, tensor in enumerate(tensors, first):
-            if found[place] is _NOT_LAUNCHED:
-                try:
-                    found[place] = _measure_large(tensor, sample_above, devices)
-                except Exception as error:
-                    found[place] = error
+        places += range(number * GROUP, number * GROUP + len(group))
+    rest = iter(places)
+    for tensor, is_one in zip(tensors, is_small, strict=True):
+        if is_one:
+            column.items.append(next(rest))
+            continue
+        try:
+            column.items.append(_measure_large(tensor, sample_above, devices))
+        except Exception as error:
+            column.items.append(error)
     return True
 
 

@@ -92,8 +92,7 @@ def small_together(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int
         return None
     sizes, addresses = list(map(_numel, tensors)), list(map(_data_ptr, tensors))
     if 0 in addresses or max(sizes) > SMALL:
-        is_small = [0 < size <= SMALL and address != 0 for size, address in zip(sizes, addresses, strict=True)]
-        sizes = [size if fits else 0 for size, fits in zip(sizes, is_small, strict=True)]
+        sizes = [size if size <= SMALL and address else 0 for size, address in zip(sizes, addresses, strict=True)]
     return sizes, addresses
 
 

@@ -154,7 +154,6 @@ class Buffer:
         # Most sites have one sketch a step, and one tally: an object for each would keep the garbage collector busy.
         self._units: dict[str, int | Tally | list[Tally]] = {}
         self._has_new_traits = True
-        self._about: dict[Site, tuple[Any, ...]] = {}
         self._noted: dict[str, tuple[list[Site], list[Any]]] = {}
         self._last_tags: tuple[str, ...] = ()
 
@@ -256,9 +255,8 @@ class Buffer:
 
     def note(self, site: Site, tensor: torch.Tensor) -> None:
         """Note what the tensor of a site is besides its values; of most sites that is the same each step."""
-        about = _ABOUT(tensor)
-        if self._about.get(site) != about:
-            self._about[site] = about
+        about = (*_ABOUT(tensor), 1.0)
+        if self.traits.get(site) != about:
             self.traits[site] = Traits(*about)
             self._has_new_traits = True
             self._noted.clear()
@@ -287,7 +285,6 @@ class Buffer:
         if traits is not None:
             self.traits[site] = traits._replace(scale=scale)
             self._has_new_traits = True
-            self._about.pop(site, None)
             self._noted.clear()
 
     def discard(self, site: Site) -> None:

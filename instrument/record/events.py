@@ -17,26 +17,21 @@ import google_crc32c
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 
-__all__ = ["Damage", "FileCheck", "check_file", "frame", "framed", "read_events", "scan"]
+__all__ = ["Damage", "FileCheck", "check_file", "framed", "read_events", "scan"]
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 
 
-def frame(*parts: bytes) -> bytes:
-    """A record of an event file around data.
+def framed(*parts: bytes) -> tuple[bytes, ...]:
+    """A record of an event file around data, in parts, since an event of megabytes need not be copied.
 
     Args:
         parts: A serialised `Event`, in as many parts as it was made of.
 
     Returns:
-        Length, checksum, data, checksum.
+        Length and checksum, the data, checksum.
     """
-    return b"".join(framed(*parts))
-
-
-def framed(*parts: bytes) -> tuple[bytes, ...]:
-    """The same in parts, since an event of megabytes need not be copied."""
     length = struct.pack("<Q", sum(map(len, parts)))
     return length + _FOOTER.pack(_masked_crc(length)), *parts, _FOOTER.pack(_masked_crc(*parts))
 

@@ -257,7 +257,7 @@ class Collector:
         measure_later(wanted, self._sample_above, self._batch.devices, False, column)
         if found and found[0][0].kind == "gradients":
             try:
-                self._rows.add_all(found, column, self._samples or 1)
+                self._rows.add(found, column, self._samples or 1)
             except Exception as error:  # which must not cost the sketches
                 self._notices.failed("units by rows of gradients", error)
 
@@ -270,14 +270,14 @@ class Collector:
         """
         kinds, is_broken, note = self._kinds, self._notices.is_broken, self.buffer.note
         for site, tensor in tensors:
-            kind, name = site
-            if kind in kinds and not is_broken(site):
+            if site.kind in kinds and not is_broken(site):
                 note(site, tensor)
                 own = tensor if self.shards is None else self.shards.own(site, tensor)
                 sites.append(site)
                 yield own
-                if kind == "gradients":
-                    self._rows.add(name, tensor, column if own is tensor else None, self._samples or 1)
+                if site.kind == "gradients":
+                    measured = column if own is tensor else None
+                    self._rows.add([(site, tensor)], measured, self._samples or 1, len(column) - 1)
 
     def judge(self, name: str, inputs: Any, output: Any, taken: list[Any]) -> None:
         """Tally the units of a module that has returned; see `UnitJudge.judge`.

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 
 import instrument
 from instrument.record.event_file import CHUNK_BYTES, EventFile
-from instrument.record.events import Damage, check_file, frame, scan
+from instrument.record.events import Damage, check_file, framed, scan
 from instrument.record.runs import event_files
 
 from ..training import mlp, read_back, train
@@ -371,7 +371,7 @@ def test_records_are_framed_as_tensorboard_frames_them(tmp_path: Path) -> None:
     for data in (b"", b"x", os.urandom(1000)):
         file = io.BytesIO()
         RecordWriter(file).write(data)
-        assert frame(data) == file.getvalue()
+        assert b"".join(framed(data)) == file.getvalue()
 
 
 def test_torchs_histograms_and_ours_agree(tmp_path: Path) -> None:

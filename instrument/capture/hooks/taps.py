@@ -162,13 +162,12 @@ class Taps:
             if entry.name in self._hooks or id(entry.module) in fused:
                 continue
             try:
-                attached = self._taps.get(entry.name)
-                if attached is None or not attached[0].is_of(entry.module):
-                    attached = None
-                if attached is None or not put_back(attached[1], entry.module, attached[0]):
-                    tap = Tap(self, entry.name, entry.module) if attached is None else attached[0]
-                    attached = self._taps[entry.name] = (tap, entry.module.register_forward_hook(tap))
-                self._hooks[entry.name] = attached
+                tap, handle = self._taps.get(entry.name, (None, None))
+                if tap is None or not tap.is_of(entry.module):
+                    tap, handle = Tap(self, entry.name, entry.module), None
+                if handle is None or not put_back(handle, entry.module, tap):
+                    handle = entry.module.register_forward_hook(tap)
+                self._hooks[entry.name] = self._taps[entry.name] = tap, handle
             except Exception as error:
                 self._listener.failed(entry.name, error)
         self._listener.inside_graph(inside)

@@ -78,7 +78,7 @@ class UnitWindows:
                 for name in names:
                     if isinstance(known := self._windows.get(name), RangeWindow):
                         self._separate(known)
-                if not self._left_out.union(self._windows).isdisjoint(names):
+                if any(name in self._windows or name in self._left_out for name in names):
                     continue
                 window = RangeWindow(names, ranges, self._config)
                 self._windows.update(dict.fromkeys(names, window))
