@@ -30,7 +30,7 @@ from instrument.measure.segments import sketches_of
 from instrument.measure.sketch import Sketch
 from instrument.measure.slopes import Slopes
 from instrument.measure.tensors import PLAIN
-from instrument.measure.units import LateTallies, LateTally, Ranges, UnitTally
+from instrument.measure.units import LateTallies, LateTally, Ranges, Rows, UnitTally
 from instrument.torch_private import Unseen, flattened
 
 __all__ = ["GROUP", "SMALL", "ArrivingGroup", "GatheredGroup", "Group", "Later", "small", "small_together"]
@@ -208,12 +208,13 @@ class Group(abc.ABC):
                 return None
             return self._wanted.add(place, shape, axis, slopes)
 
-    def rows(self, wanted: Sequence[tuple[int, int, int]]) -> int | None:
-        """Have the rows that are zero tallied of several gradients.
+    def rows(self, places: Sequence[int], rows: Sequence[int], samples: Sequence[int]) -> int | None:
+        """Have the rows that are zero tallied of several gradients; see `instrument.measure.units.tally_rows`.
 
         Args:
-            wanted: Of each its place, how many rows it has, and its samples, as for
-                `instrument.measure.units.tally_rows`.
+            places: Their places.
+            rows: How many rows each has.
+            samples: How many samples each is of.
 
         Returns:
             The number of the first tally, behind which the others follow; None where all was measured already.
@@ -221,10 +222,8 @@ class Group(abc.ABC):
         with self._lock:
             if self._found is not None:
                 return None
-            lengths = self._lengths
-            return self._wanted.add_rows(
-                (place, rows, lengths[place] // rows, samples) for place, rows, samples in wanted
-            )
+            widths = [self._lengths[place] // count for place, count in zip(places, rows, strict=True)]
+            return self._wanted.add_rows(places, rows, widths, samples)
 
     def late(self, number: int) -> LateTally:
         """What will give the tally of this number."""
@@ -234,19 +233,19 @@ class Group(abc.ABC):
         """How many samples the tally of this number is of."""
         return self._wanted.samples[number]
 
-    def ranges(self, numbers: Sequence[int]) -> tuple[list[int], Ranges]:
-        """Of which of some tallies the range is all there is; what waits is measured now unless that is done.
+    def together(self, numbers: IntArray) -> tuple[tuple[IntArray, Ranges], tuple[IntArray, Rows]]:
+        """Of which of some tallies ranges, or uniform rows, are all there is; what waits is measured now.
 
         Args:
             numbers: Numbers of tallies, rising.
 
         Returns:
-            Their places among those given, and the ranges.
+            Places among those given, and ranges; and the same of rows.
         """
         if self._found is None:
             with contextlib.suppress(Exception):  # `made` raises for each
                 self.sketches()
-        return self._wanted.ranges(numbers)
+        return self._wanted.together(numbers)
 
     def made(self, number: int) -> UnitTally:
         """The tally of this number; what waits is measured now unless that is done.

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from instrument.measure.groups import Group
+from instrument.measure.histogram import IntArray
 from instrument.measure.pending import PLACES, Source
-from instrument.measure.units import DeviceTally, LateTally, Ranges, UnitTally, merge_tallies
+from instrument.measure.units import DeviceTally, LateTally, Ranges, Rows, UnitTally, merge_tallies
 
-__all__ = ["NO_UNITS", "Tallies", "Tally", "group_at"]
+__all__ = ["NO_UNITS", "Tallies", "Tally", "Together", "group_at"]
 
 Tally: TypeAlias = "UnitTally | DeviceTally | LateTally"
 
 NO_UNITS: Mapping[str, UnitTally] = MappingProxyType({})
+
+
+class Together(NamedTuple):
+    """Tallies that stand side by side: names, and what was seen of them on as many samples each."""
+
+    ranges: list[tuple[tuple[str, ...], Ranges]]
+    """Modules of which the range alone is known."""
+
+    rows: list[tuple[tuple[str, ...], Rows]]
+    """Gradients of which either no row or every row is zero."""
+
+
+_Columns = TypeVar("_Columns", Ranges, Rows)
 
 
 class Tallies(Mapping[str, UnitTally]):
@@ -45,29 +58,26 @@ class Tallies(Mapping[str, UnitTally]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def ranges(self) -> list[tuple[tuple[str, ...], Ranges]]:
-        """Those of ranges alone that were made together: names and ranges, by the number of samples."""
-        groups: dict[int, tuple[list[str], list[int]]] = {}
-        for name, parts in self._parts.items():
-            if type(parts) is int:
-                names, numbers = groups.setdefault(parts // PLACES, ([], []))
-                names.append(name)
-                numbers.append(parts % PLACES)
-        every: list[str] = []
-        found: list[Ranges] = []
-        for source, (names, numbers) in groups.items():
-            if all(map(operator.lt, numbers, numbers[1:])):
-                places, ranges = group_at(source * PLACES, self._sources).ranges(numbers)
-                every += (names[place] for place in places)
-                found.append(ranges)
-        if not every:
-            return []
-        together = Ranges.joined(found)
-        sizes = np.unique(together.samples)
-        if sizes.size == 1:
-            return [(tuple(every), together)]
-        rows = (np.flatnonzero(together.samples == size) for size in sizes)
-        return [(tuple(every[row] for row in each), together.take(each)) for each in rows]
+    def together(self) -> Together:
+        """Those that were made together and are followed together."""
+        names, parts = list(self._parts), list(self._parts.values())
+        if not set(map(type, parts)) <= {int}:
+            names = [name for name, part in self._parts.items() if type(part) is int]
+            parts = [part for part in parts if type(part) is int]
+        sources, numbers = np.divmod(np.array(parts, np.int64), PLACES)
+        ranges: list[tuple[IntArray, Ranges]] = []
+        rows: list[tuple[IntArray, Rows]] = []
+        for source in dict.fromkeys(sources.tolist()):
+            of_source = np.flatnonzero(sources == source)
+            wanted = numbers[of_source]
+            if (wanted[1:] > wanted[:-1]).all():
+                (range_places, seen), (row_places, uniform) = group_at(source * PLACES, self._sources).together(wanted)
+                ranges.append((of_source[range_places], seen))
+                rows.append((of_source[row_places], uniform))
+        return Together(
+            [(_named(names, places), seen) for places, seen in _by_samples(ranges, Ranges)],
+            [(_named(names, places), seen) for places, seen in _by_samples(rows, Rows)],
+        )
 
     def without(self, names: Iterable[str]) -> Tallies:
         """Those of other names."""
@@ -83,6 +93,22 @@ class Tallies(Mapping[str, UnitTally]):
     def loose(self) -> dict[str, Tally | list[Tally]]:
         """Name to tally, or to what will give it."""
         return {name: _loose_tally(parts, self._sources) for name, parts in self._parts.items()}
+
+
+def _by_samples(
+    parts: Sequence[tuple[IntArray, _Columns]], kind: type[_Columns]
+) -> Iterator[tuple[IntArray, _Columns]]:
+    """Places and what was seen there, of all parts, by the number of samples."""
+    if parts:
+        places, seen = np.concatenate([places for places, _ in parts]), kind.joined([seen for _, seen in parts])
+        sizes = np.unique(seen.samples)
+        for size in sizes:
+            rows = np.flatnonzero(seen.samples == size)
+            yield places[rows], seen.take(rows)
+
+
+def _named(names: Sequence[str], places: IntArray) -> tuple[str, ...]:
+    return tuple([names[place] for place in places.tolist()])
 
 
 def group_at(place: int, sources: Sequence[Source]) -> Group:

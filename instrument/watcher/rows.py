@@ -45,7 +45,7 @@ class RowTallies:
             otherwise: Samples of the step where the module behind a gradient tells of none.
             first: The place of the first of them in the column.
         """
-        groups: dict[int, tuple[list[str], list[tuple[int, int, int]]]] = {}
+        groups: dict[int, tuple[list[str], list[int], list[int], list[int]]] = {}
         with Unseen():
             for place, (site, gradient) in enumerate(found, first):
                 try:
@@ -55,15 +55,17 @@ class RowTallies:
                     samples = self._buffer.samples_of(module) or otherwise
                     item = column.items[place] if column is not None and self._judge.are_rows_first(module) else None
                     if isinstance(item, int):
-                        names, wanted = groups.setdefault(item // GROUP, ([], []))
+                        names, places, rows, of = groups.setdefault(item // GROUP, ([], [], [], []))
                         names.append(site.name)
-                        wanted.append((item % GROUP, len(gradient), samples))
+                        places.append(item % GROUP)
+                        rows.append(len(gradient))
+                        of.append(samples)
                     elif (tally := self._judge.rows(site.name, gradient, samples)) is not None:
                         self._buffer.add_units(site.name, tally)
                 except Exception as error:
                     self._notices.failed(f"units of {site.name}", error)
-        for number, (names, wanted) in groups.items():
+        for number, (names, places, rows, of) in groups.items():
             assert column is not None
-            start = column.groups[number].rows(wanted)
+            start = column.groups[number].rows(places, rows, of)
             if start is not None:
                 self._buffer.add_units_of(names, column.groups[number], start)

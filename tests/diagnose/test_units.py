@@ -16,13 +16,14 @@ from instrument.config import Config
 from instrument.diagnose.units import UnitStatus, UnitWindows, decode, encode
 from instrument.diagnose.units.window import Span
 from instrument.errors import RunError
-from instrument.measure.batch import Batch
+from instrument.measure.batch import Batch, Column, measure_later
 from instrument.measure.groups import ArrivingGroup
 from instrument.measure.pending import PLACES
 from instrument.measure.slopes import slopes_named
 from instrument.measure.units import UnitTally, merge_tallies, tally_rows, tally_units
 from instrument.record.buffer import StepRecord
 from instrument.record.tallies import Tallies, Tally
+from instrument.torch_private import Unseen
 
 DEAD, ALIVE = -1.0, 1.0
 
@@ -335,6 +336,58 @@ def test_modules_followed_together_are_judged_as_one_by_one(data: st.DataObject)
             assert found == expected
 
 
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_gradients_followed_together_are_judged_as_one_by_one(data: st.DataObject) -> None:
+    """Whichever have rows of zeros on a step, some or all, on how many samples, of whatever size, or are not there."""
+    one_by_one, together = windows(64, 8), windows(64, 8)
+    names = [f"{layer}.weight" for layer in "abcde"]
+    for step in range(data.draw(st.integers(1, 40))):
+        is_usual = data.draw(st.integers(0, 7))
+        ran = names if is_usual else data.draw(st.permutations([*names, "f.weight"]).map(lambda every: every[:4]))
+        gradients, samples = [], []
+        for name in ran:
+            gradient = torch.ones(3 if is_usual else data.draw(st.integers(3, 4)), 2)
+            kinds = ["zero" if name < "b" else "some" if name > "e" and step > 20 else "alive"] * 12
+            kind = data.draw(st.sampled_from([*kinds, "zero", "some"]))
+            gradient[: {"alive": 0, "some": 1, "zero": 4}[kind]] = 0.0
+            gradients.append(gradient)
+            samples.append(data.draw(st.sampled_from([8] * 20 + [5])) if not is_usual else 8)
+        column = Column()
+        measure_later(gradients, column=column)
+        (group,) = column.groups
+        first = group.rows(range(len(ran)), [len(gradient) for gradient in gradients], samples)
+        assert first is not None
+        with Unseen():
+            made = [tally_rows(gradient, 0, of) for gradient, of in zip(gradients, samples, strict=True)]
+        alone = {name: tally for name, tally in zip(ran, made, strict=True) if isinstance(tally, UnitTally)}
+        assert len(alone) == len(ran)
+        one_by_one.add(StepRecord(step, {}, 0.0, units=alone))
+        together.add(StepRecord(step, {}, 0.0, units=Tallies(dict(zip(ran, range(first, 99), strict=False)), [group])))
+        if data.draw(st.integers(0, 3)) == 0:
+            expected, found = one_by_one.judge(), together.judge()
+            assert list(found) == list(expected)
+            assert found == expected
+    assert together.status() == one_by_one.status()
+
+
+def test_a_gradient_that_leaves_the_others_knows_the_windows_before() -> None:
+    """A row that is silent for a window, behind one in which none was, has died; beside those that were never seen."""
+    followed = windows(64, 8)
+    for step in range(16):
+        gradient = torch.ones(3, 2)
+        gradient[0] = step < 8
+        column = Column()
+        measure_later([gradient, torch.ones(3, 2)], column=column)
+        (group,) = column.groups
+        first = group.rows([0, 1], [3, 3], [8, 8])
+        assert first is not None
+        followed.add(StepRecord(step, {}, 0.0, units=Tallies({"a.weight": first, "b.weight": first + 1}, [group])))
+    found = followed.status()
+    assert (found["a"].dead, found["a"].deaths, found["a"].windows) == ((0,), (0,), 1)
+    assert (found["b"].dead, found["b"].deaths, found["b"].windows) == ((), (), 0)
+
+
 def test_hundreds_of_modules_are_followed_together() -> None:
     """No tally is made of any; a unit that is the same on all samples of a step, and another on the next, varies."""
     followed = windows()
@@ -354,6 +407,39 @@ def test_hundreds_of_modules_are_followed_together() -> None:
     found = followed.status()
     assert len(found) == 40
     assert {(s.samples, s.batches, s.verdict, s.constant) for s in found.values()} == {(32, 8, "ok", ())}
+
+
+def test_hundreds_of_gradients_are_followed_together() -> None:
+    """No tally is made of any that has no row of zeros on any step, or was always zero; of one that is new once, is."""
+    followed = windows()
+    made: list[str] = []
+    get = Tallies.__getitem__
+
+    def counted(self: Tallies, name: str) -> UnitTally:
+        made.append(name)
+        return get(self, name)
+
+    names = [f"layers.{number}.weight" for number in range(40)]
+    gradients = [torch.ones(3, 2) if number >= 10 else torch.zeros(3, 2) for number in range(40)]
+    for step in range(12):
+        if step == 6:
+            gradients[20] = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        column = Column()
+        measure_later(gradients, column=column)
+        (group,) = column.groups
+        first = group.rows(range(40), [3] * 40, [4] * 40)
+        assert first is not None
+        tallies = Tallies(dict(zip(names, range(first, first + 40), strict=True)), [group])
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Tallies, "__getitem__", counted)
+            followed.add(StepRecord(step, {}, 0.0, units=tallies))
+    assert made == ["layers.20.weight"] * 6
+    found = followed.status()
+    assert {found[f"layers.{number}"].verdict for number in range(10)} == {"no-data"}
+    assert {(s.samples, s.batches, s.verdict) for s in list(found.values())[10:] if s.name != "layers.20"} == {
+        (32, 8, "ok")
+    }
+    assert found["layers.20"].rate == pytest.approx((0.5, 1.0, 1.0))
 
 
 def test_units_whose_tally_fails_are_left_out_and_the_others_are_not(recwarn: pytest.WarningsRecorder) -> None:

@@ -102,13 +102,13 @@ def test_rows_of_gradients_are_tallied_as_at_once(zeros: tuple[int, ...], dtype:
             item = column.items[-1]
             assert isinstance(item, int)
             group = column.groups[item // GROUP]
-            found = group.rows([(item % GROUP, len(gradient), 64)])
+            found = group.rows([item % GROUP], [len(gradient)], [64])
             assert found is not None
             waiting.append((group, found))
 
     measure_later(handed_over(), column=column)
     (together,) = column.groups
-    first = together.rows([(place, len(gradient), 64) for place, gradient in enumerate(gradients)])
+    first = together.rows(range(len(gradients)), [len(gradient) for gradient in gradients], [64] * len(gradients))
     assert first == len(waiting)
     waiting += [(together, first + number) for number in range(len(gradients))]
     with Unseen():
@@ -128,7 +128,7 @@ def test_what_is_measured_already_is_tallied_at_once_by_whoever_asks() -> None:
     assert isinstance(group, ArrivingGroup)
     group.sketches()
     assert group.tally(place, (3, 2), 1, None) is None
-    assert group.rows([(place, 3, 1)]) is None
+    assert group.rows([place], [3], [1]) is None
 
 
 def test_a_tally_that_fails_leaves_the_sketches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,13 @@ together stay together: one by one their ranges took 7 ms a step for 400 layers,
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from instrument.config import Config
 from instrument.diagnose.units.status import UnitStatus
-from instrument.diagnose.units.window import PARTS, Span, Window, is_constant, is_part
+from instrument.diagnose.units.window import Parts, Span, Window, is_constant
 from instrument.measure.units import Ranges, tally_of_range
 
 __all__ = ["RangeWindow"]
@@ -69,12 +71,9 @@ class RangeWindow:
     def __init__(self, names: tuple[str, ...], ranges: Ranges, config: Config) -> None:
         self.names = names
         """The names of the modules."""
-        self._rows = {name: row for row, name in enumerate(names)}
         self._pattern = ranges
         self._config = config
-        self._parts: list[_RangeSpan] = []
-        self._filling: _RangeSpan | None = None
-        self._full_parts = 0
+        self._parts: Parts[_RangeSpan] = Parts(config)
 
     def fits(self, names: tuple[str, ...], ranges: Ranges) -> bool:
         """Whether ranges are of the same units of the same modules."""
@@ -82,47 +81,49 @@ class RangeWindow:
 
     def add(self, step: int, ranges: Ranges) -> None:
         """Add what was seen in one step."""
-        if self._filling is None:
-            self._filling = _RangeSpan(step, ranges)
+        filling = self._parts.filling
+        if filling is None:
+            filling = _RangeSpan(step, ranges)
         else:
-            self._filling.add(step, ranges)
-        if is_part(self._filling.samples, self._filling.batches, self._config):
-            self._parts = [*self._parts[1 - PARTS :], self._filling]
-            self._filling = None
-            self._full_parts += 1
+            filling.add(step, ranges)
+        self._parts.fill(filling)
 
     def statuses(self) -> dict[str, UnitStatus]:
         """What is known of the units of each module; see `Window.status`."""
-        evidence = [*self._parts, self._filling] if self._filling is not None else self._parts
+        evidence, is_whole = self._parts.all, self._parts.is_window
         spans = [span.ranges for span in evidence]
         samples, batches = sum(span.samples for span in evidence), sum(span.batches for span in evidence)
         squares = sum(span.square_mean * span.samples for span in spans) / samples
-        is_whole = samples >= self._config.dead_window_samples and batches >= self._config.dead_window_batches
         constant = np.zeros(spans[0].low.size, np.bool_)
         if is_whole:
             low, high = (np.minimum.reduce([s.low for s in spans]), np.maximum.reduce([s.high for s in spans]))
             constant = is_constant(low, high, np.repeat(squares, self._pattern.units))
-        ends = np.cumsum(self._pattern.units).tolist()
-        return {
-            name: UnitStatus(
-                name,
-                units=units,
-                constant=tuple(np.flatnonzero(constant[end - units : end]).tolist()) if is_whole else (),
-                samples=samples,
-                batches=batches,
-                rate_bound=min(1.0, 3 / samples),
-                verdict="ok" if is_whole else "watching",
-                first_step=evidence[0].first_step,
-                last_step=evidence[-1].last_step,
-            )
-            for name, units, end in zip(self.names, self._pattern.units.tolist(), ends, strict=True)
+        alike = UnitStatus(
+            "",
+            samples=samples,
+            batches=batches,
+            rate_bound=min(1.0, 3 / samples),
+            verdict="ok" if is_whole else "watching",
+            first_step=evidence[0].first_step,
+            last_step=evidence[-1].last_step,
+        )
+        found = {
+            name: alike.but(name=name, units=units)
+            for name, units in zip(self.names, self._pattern.units.tolist(), strict=True)
         }
+        if constant.any():
+            ends = np.cumsum(self._pattern.units).tolist()
+            for (name, status), end in zip(found.items(), ends, strict=True):
+                own = np.flatnonzero(constant[end - status.units : end])
+                found[name] = status.but(constant=tuple(own.tolist()))
+        return found
 
-    def alone(self, name: str) -> Window:
+    def leave(self, names: Collection[str]) -> dict[str, Window]:
+        """Follow modules one by one from now on: all of them, whichever leave; their windows."""
+        return {name: self._alone(row) for row, name in enumerate(self.names)}
+
+    def _alone(self, row: int) -> Window:
         """The window of one of the modules; of a range no unit is ever dead, so that whole windows found nothing."""
-        row = self._rows[name]
         window = Window(tally_of_range(self._pattern.at(row)), self._config)
-        window.parts = [part.alone(row) for part in self._parts]
-        window.filling = self._filling.alone(row) if self._filling is not None else None
-        window.full_parts = self._full_parts
+        window.parts = self._parts.each(lambda part: part.alone(row))
         return window

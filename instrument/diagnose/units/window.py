@@ -9,8 +9,8 @@ died, and the share of the dead that are dead still (Sokar et al. 2023).
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from instrument.diagnose.units.status import Indices, UnitStatus
 from instrument.measure.histogram import FloatArray
 from instrument.measure.units import BoolArray, UnitTally, merge_tallies
 
-__all__ = ["CONSTANT_RANGE", "PARTS", "RARE_RATE", "Span", "Window", "is_constant", "is_part"]
+__all__ = ["CONSTANT_RANGE", "PARTS", "RARE_RATE", "Parts", "Span", "Window", "is_constant"]
 
 CONSTANT_RANGE = 1e-6
 """Range of a constant unit, of the root mean square of its layer: a few units in the last place of float32."""
@@ -92,19 +92,82 @@ class Span:
             self._again = 0
 
 
+class _Steps(Protocol):
+    """Some steps."""
+
+    samples: int
+    batches: int
+
+
+_S = TypeVar("_S", bound=_Steps)
+_Other = TypeVar("_Other", bound=_Steps)
+
+
+class Parts(Generic[_S]):
+    """The evidence of one window and up to a quarter more, in quarters.
+
+    Args:
+        config: The settings: how many samples and batches make a window.
+    """
+
+    __slots__ = ("_config", "_full", "completed", "filling")
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._full: list[_S] = []
+        self.filling: _S | None = None
+        """The part that fills."""
+        self.completed = 0
+        """How many parts have become full so far."""
+
+    def fill(self, steps: _S) -> bool:
+        """Have the part that fills hold these steps from now on; returns whether it is full by that."""
+        self.filling = steps
+        if not self._has_share(PARTS * steps.samples, PARTS * steps.batches):
+            return False
+        self._full = [*self._full[1 - PARTS :], steps]
+        self.filling = None
+        self.completed += 1
+        return True
+
+    @property
+    def full(self) -> list[_S]:
+        """The last full parts, `PARTS` at most."""
+        return self._full
+
+    @property
+    def all(self) -> list[_S]:
+        """All parts, the one that fills included."""
+        return [*self._full, self.filling] if self.filling is not None else self._full
+
+    @property
+    def is_window(self) -> bool:
+        """Whether a whole window has been seen."""
+        return self._has_share(sum(part.samples for part in self.all), sum(part.batches for part in self.all))
+
+    def _has_share(self, samples: int, batches: int) -> bool:
+        return samples >= self._config.dead_window_samples and batches >= self._config.dead_window_batches
+
+    def each(self, change: Callable[[_S], _Other]) -> Parts[_Other]:
+        """The same with something else for each part."""
+        changed: Parts[_Other] = Parts(self._config)
+        changed._full = [change(part) for part in self._full]
+        changed.filling = change(self.filling) if self.filling is not None else None
+        changed.completed = self.completed
+        return changed
+
+
 class Window:
     """The evidence of one module or gradient, in parts, and what the last whole windows found."""
 
     def __init__(self, tally: UnitTally, config: Config) -> None:
-        self.parts: list[Span] = []
-        """The last full parts, `PARTS` at most."""
-        self.filling: Span | None = None
+        self.parts: Parts[Span] = Parts(config)
+        """The evidence."""
         self.interval: Span | None = None
         """Steps since the units were judged last, to which rates belong."""
         self.is_judged = False
         """Whether the interval is over, so that the next step begins another."""
         self.pattern = tally
-        self.full_parts = 0
         self.dead_windows = 0
         self.saturated_windows = 0
         self.dead: BoolArray | None = None
@@ -115,15 +178,10 @@ class Window:
 
     def add(self, step: int, tally: UnitTally) -> None:
         """Add what was seen in one step."""
-        self.filling = _joined(self.filling, step, tally)
         self.interval = _joined(None if self.is_judged else self.interval, step, tally)
         self.is_judged = False
-        if is_part(self.filling.samples, self.filling.batches, self._config):
-            self.parts = [*self.parts[1 - PARTS :], self.filling]
-            self.filling = None
-            self.full_parts += 1
-            if self.full_parts % PARTS == 0:
-                self._compare(merge_tallies(part.tally for part in self.parts))
+        if self.parts.fill(_joined(self.parts.filling, step, tally)) and self.parts.completed % PARTS == 0:
+            self._compare(merge_tallies(part.tally for part in self.parts.full))
 
     def _compare(self, window: UnitTally) -> None:
         """A window is whole: hold what is dead in it against the one before."""
@@ -141,14 +199,9 @@ class Window:
             return False
         return float(np.mean(window.flat)) > self._config.saturated_fraction_crit * window.counted
 
-    @property
-    def evidence(self) -> list[Span]:
-        """All parts, the one that fills included."""
-        return [*self.parts, self.filling] if self.filling is not None else self.parts
-
     def status(self, name: str) -> UnitStatus:
         """What is known of the units."""
-        evidence = self.evidence
+        evidence = self.parts.all
         if not evidence:
             return UnitStatus(name, self.pattern.function, self.pattern.units, witness=self.pattern.witness)
         tally = merge_tallies(span.tally for span in evidence)
@@ -171,22 +224,16 @@ class Window:
             still_dead=self.still_dead,
             witness=tally.witness,
         )
-        if tally.samples < self._config.dead_window_samples or tally.batches < self._config.dead_window_batches:
+        if not self.parts.is_window:
             return status
         dead = _indices(tally.dead_flat)
-        return dataclasses.replace(
-            status,
+        return status.but(
             dead=dead,
             constant=_indices(is_constant(tally.low, tally.high, tally.square_mean)),
             rare=_indices(_is_rare(tally)),
             always_on=_indices(tally.never_flat),
             verdict="dead" if dead else "ok",
         )
-
-
-def is_part(samples: int, batches: int, config: Config) -> bool:
-    """Whether so many samples and batches make a part of a window."""
-    return PARTS * samples >= config.dead_window_samples and PARTS * batches >= config.dead_window_batches
 
 
 def _joined(span: Span | None, step: int, tally: UnitTally) -> Span:

@@ -8,13 +8,15 @@ a unit that was silent on n samples fires, with 95 % confidence, on less than 3/
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Collection, Iterator
 
 from instrument.config import Config
 from instrument.diagnose.units.ranges import RangeWindow
+from instrument.diagnose.units.rows import RowWindow
 from instrument.diagnose.units.status import UnitStatus
 from instrument.diagnose.units.window import Window
 from instrument.errors import warn_quietly
+from instrument.measure.histogram import IntArray
 from instrument.measure.units import UnitTally
 from instrument.record.buffer import StepRecord
 from instrument.record.tallies import Tallies
@@ -43,7 +45,7 @@ class UnitWindows:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._windows: dict[str, Window | RangeWindow] = {}
+        self._windows: dict[str, Window | RangeWindow | RowWindow] = {}
         self._order: dict[str, None] = {}
         self._left_out: set[str] = set()
 
@@ -57,38 +59,71 @@ class UnitWindows:
         """
         self._order.update(dict.fromkeys(record.units))
         together = self._add_together(record)
-        for name in record.units:
-            tally = self._tally(record, name) if name not in together else None
+        for name in [name for name in record.units if name not in together]:
+            tally = self._tally(record, name)
             if tally is None:
                 continue
             window = self._windows.get(name)
-            if isinstance(window, RangeWindow):
-                window = self._separate(window)[name]
+            if isinstance(window, (RangeWindow, RowWindow)):
+                window = self._separate(window, (name,))[name]
             if window is None or (tally.samples and not tally.fits(window.pattern)):
                 self._windows[name] = window = Window(tally, self._config)
             if tally.samples:
                 window.add(record.step, tally)
 
     def _add_together(self, record: StepRecord) -> set[str]:
-        """Add the ranges that stand side by side, of modules of which that was so on every step; their names."""
+        """Add what stands side by side, of modules and gradients of which that was so on every step; their names."""
         added: set[str] = set()
-        for names, ranges in record.units.ranges() if isinstance(record.units, Tallies) else ():
+        if not isinstance(record.units, Tallies):
+            return added
+        found = record.units.together()
+        for names, ranges in found.ranges:
             window = self._windows.get(names[0])
             if not isinstance(window, RangeWindow) or not window.fits(names, ranges):
                 for name in names:
                     if isinstance(known := self._windows.get(name), RangeWindow):
-                        self._separate(known)
+                        self._separate(known, names)
                 if any(name in self._windows or name in self._left_out for name in names):
                     continue
                 window = RangeWindow(names, ranges, self._config)
                 self._windows.update(dict.fromkeys(names, window))
             window.add(record.step, ranges)
             added.update(names)
+        for names, rows in found.rows:
+            added.update(self._add_rows(record.step, dict(zip(names, rows.units.tolist(), strict=True)), rows.samples))
         return added
 
-    def _separate(self, together: RangeWindow) -> dict[str, Window]:
-        """Follow modules one by one from now on, since they were not measured together on a step; their windows."""
-        alone = {name: together.alone(name) for name in together.names}
+    def _add_rows(self, step: int, rows: dict[str, int], samples: IntArray) -> Iterator[str]:
+        """Add gradients of which no row is zero, or of zeros alone, where samples are 0; those added."""
+        known: dict[RowWindow, dict[str, int]] = {}
+        new = {}
+        for name, count in rows.items():
+            window = self._windows.get(name)
+            if window is None and name not in self._left_out:
+                new[name] = count
+            elif isinstance(window, RowWindow):
+                known.setdefault(window, {})[name] = count
+        if new:
+            window = RowWindow(new, self._config)
+            self._windows.update(dict.fromkeys(new, window))
+            known[window] = new
+        if not samples[0]:  # which says nothing, however each is followed
+            yield from rows
+            return
+        for window, own in known.items():
+            staying = own.keys() if own == window.rows else {n for n, count in own.items() if window.rows[n] == count}
+            others = window.rows.keys() - staying
+            if len(others) > len(staying):
+                self._separate(window, staying)
+                continue
+            if others:
+                self._separate(window, others)
+            window.add(step, int(samples[0]))
+            yield from staying
+
+    def _separate(self, together: RangeWindow | RowWindow, names: Collection[str]) -> dict[str, Window]:
+        """Follow these one by one from now on, since they were not alike on a step; the windows of those that left."""
+        alone = together.leave(names)
         self._windows.update(alone)
         return alone
 
@@ -109,7 +144,7 @@ class UnitWindows:
         """What is known of the units now; rates are of the steps from here on then."""
         found = self.status()
         for window in self._windows.values():
-            if isinstance(window, Window):
+            if not isinstance(window, RangeWindow):
                 window.is_judged = True
         return found
 
@@ -122,18 +157,25 @@ class UnitWindows:
         """
         found: dict[str, UnitStatus] = {}
         windows = {name: self._windows[name] for name in self._order if name in self._windows}
-        ranges: dict[str, UnitStatus] = {}
+        together: dict[str, UnitStatus] = {}
+        rows: list[UnitStatus] = []
         for name, window in windows.items():
+            if isinstance(window, Window):
+                if window.pattern.witness == "activations":
+                    found[name] = window.status(name)
+                else:
+                    rows.append(window.status(name.rpartition(".")[0]))
+                continue
+            if name not in together:
+                together.update(window.statuses())
             if isinstance(window, RangeWindow):
-                if name not in ranges:
-                    ranges.update(window.statuses())
-                found[name] = ranges[name]
-            elif window.pattern.witness == "activations":
-                found[name] = window.status(name)
-        for name, window in windows.items():
-            if isinstance(window, Window) and window.pattern.witness == "gradient rows":
-                module = name.rpartition(".")[0]
-                status, seen = window.status(module), found.get(module)
-                if seen is None or (seen.function is None and status.verdict != "no-data"):
-                    found[module] = dataclasses.replace(status, constant=seen.constant if seen is not None else ())
+                found[name] = together[name]
+            else:
+                rows.append(together[name])
+        for status in rows:
+            seen = found.get(status.name)
+            if seen is None or (seen.function is None and status.verdict != "no-data"):
+                found[status.name] = (
+                    status.but(constant=seen.constant) if seen is not None and seen.constant else status
+                )
         return found

@@ -1,8 +1,17 @@
 """Units: what each output feature of a module did, tallied in one pass and merged exactly."""
 
-from instrument.measure.units.late import LateTallies, LateTally, Ranges
+from instrument.measure.units.late import LateTallies, LateTally, Ranges, Rows
 from instrument.measure.units.on_device import tally_on_device
-from instrument.measure.units.reduce import Extent, extent_of, tally_of_range, tally_plain, tally_rows, tally_units
+from instrument.measure.units.reduce import (
+    Extent,
+    extent_of,
+    living_rows,
+    tally_of_range,
+    tally_plain,
+    tally_rows,
+    tally_units,
+    zero_rows,
+)
 from instrument.measure.units.tally import BoolArray, DeviceTally, UnitTally, Witness, merge_tallies
 
 __all__ = [
@@ -12,13 +21,16 @@ __all__ = [
     "LateTallies",
     "LateTally",
     "Ranges",
+    "Rows",
     "UnitTally",
     "Witness",
     "extent_of",
+    "living_rows",
     "merge_tallies",
     "tally_of_range",
     "tally_on_device",
     "tally_plain",
     "tally_rows",
     "tally_units",
+    "zero_rows",
 ]

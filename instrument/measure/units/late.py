@@ -2,16 +2,14 @@
 
 By itself the tally of a few hundred values took 30 us of the training thread, and the rows of a small gradient 12. As
 the values have been copied anyway, that thread notes what is wanted, and one call finds the ranges of all. Where a
-range is all that is wanted, those of many tensors stay side by side: a tally for each, and what follows them one by
-one, took 12 us.
+range is all that is wanted, or rows are all alike, those of many tensors stay side by side: a tally for each, and what
+follows them one by one, took 12 us.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -31,7 +29,7 @@ from instrument.measure.units.reduce import (
 from instrument.measure.units.shape import scale_steps, sides
 from instrument.measure.units.tally import UnitTally
 
-__all__ = ["LateTallies", "LateTally", "Ranges"]
+__all__ = ["LateTallies", "LateTally", "Ranges", "Rows"]
 
 
 class Ranges(NamedTuple):
@@ -73,7 +71,28 @@ class Ranges(NamedTuple):
         return cls(*map(np.concatenate, zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
 
 
-_NO_RANGES = Ranges(*(np.empty(0, np.int64),) * 2, *(np.empty(0),) * 3)
+class Rows(NamedTuple):
+    """Gradients of which either no row or every row is zero, one behind the other."""
+
+    units: IntArray
+    """How many rows each has, of shape (gradients,)."""
+
+    samples: IntArray
+    """How many samples each is of, of shape (gradients,); 0 for one that is zero in whole, which says nothing."""
+
+    def take(self, rows: IntArray) -> Rows:
+        """Those of some gradients."""
+        return Rows(self.units[rows], self.samples[rows])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """Those of one group behind those of another."""
+        return cls(*map(np.concatenate, zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
+
+
+_NONE: IntArray = np.empty(0, np.int64)
+_NO_RANGES = Ranges(_NONE, _NONE, *(np.empty(0),) * 3)
+_NO_ROWS = Rows(_NONE, _NONE)
 
 
 class _Source(Protocol):
@@ -113,21 +132,28 @@ class LateTally:
 class LateTallies:
     """What is wanted of the tensors of a group, and what was found.
 
-    It stands in flat lists, since a tuple for each would keep the garbage collector busy.
+    It stands in flat lists of numbers, since an object for each would keep the garbage collector busy.
     """
 
-    __slots__ = ("_activations", "_found", "_gradients", "_ranges", "_rows", "_shapes", "samples")
+    __slots__ = (
+        "_found", "_gradients", "_kinds", "_outputs", "_range_at", "_ranges", "_row_at", "_rows", "_slopes", "samples",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.samples: list[int] = []
         """Of each tally how many samples it is of."""
-        self._activations: list[Any] = []
-        self._gradients: list[int] = []
-        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._outputs: tuple[list[int], list[int], list[int]] = [], [], []
+        """Of each tally of units its number, the place of its tensor, and the kind of that."""
+        self._kinds: dict[tuple[tuple[int, ...], int], int] = {}
+        """Shape and dimension of the units of each kind; most tensors of a group are of a few."""
+        self._slopes: dict[int, Slopes] = {}
+        self._gradients: tuple[list[int], list[int], list[int], list[int]] = [], [], [], []
+        """Of each tally of rows its number, the place of its tensor, how many rows that has, and of how many values."""
         self._found: dict[int, UnitTally | Exception] = {}
         self._ranges = _NO_RANGES
-        self._rows: dict[int, int] = {}
-        """Number of each tally of a range alone to its row among those."""
+        self._rows = _NO_ROWS
+        # Where the tally of each number stands among those; -1 where it does not.
+        self._range_at = self._row_at = _NONE
 
     def add(self, index: int, shape: tuple[int, ...], axis: int, slopes: Slopes | None) -> int:
         """Want the tally of the units of a tensor; see `instrument.measure.units.tally_units`.
@@ -141,35 +167,56 @@ class LateTallies:
         Returns:
             The number of the tally.
         """
-        self._activations += (len(self.samples), index, self._shapes.setdefault(shape, shape), axis, slopes)
-        self.samples.append(math.prod(shape[:axis]))
-        return len(self.samples) - 1
+        number = len(self.samples)
+        numbers, indices, kinds = self._outputs
+        numbers.append(number)
+        indices.append(index)
+        kinds.append(self._kinds.setdefault((shape, axis), len(self._kinds)))
+        if slopes is not None:
+            self._slopes[number] = slopes
+        self.samples.append(_cube(shape, axis)[0][0])
+        return number
 
-    def add_rows(self, wanted: Iterable[tuple[int, int, int, int]]) -> int:
+    def add_rows(
+        self, places: Sequence[int], rows: Sequence[int], widths: Sequence[int], samples: Sequence[int]
+    ) -> int:
         """Want tallies of the rows of gradients that are zero; see `instrument.measure.units.tally_rows`.
 
         Args:
-            wanted: Of each its place in the group, how many rows it has, of how many values, and its samples.
+            places: Their places in the group.
+            rows: How many rows each has,
+            widths: of how many values.
+            samples: How many samples each is of.
 
         Returns:
-            The number of the first tally.
+            The number of the first tally, behind which the others follow.
         """
         first = len(self.samples)
-        for number, (index, rows, width, samples) in enumerate(wanted, first):
-            self._gradients += (number, index, rows, width, samples)
-            self.samples.append(samples)
+        for column, more in zip(
+            self._gradients, (range(first, first + len(places)), places, rows, widths), strict=True
+        ):
+            column += more
+        self.samples += samples
         return first
 
     def found(self, number: int) -> UnitTally | Exception | None:
         """The tally of this number, or what went wrong; None where it was not made."""
-        row = self._rows.get(number)
-        return self._found.get(number) if row is None else tally_of_range(self._ranges.at(row))
+        if number < self._range_at.size:
+            if (place := self._range_at[number]) >= 0:
+                return tally_of_range(self._ranges.at(place))
+            if (place := self._row_at[number]) >= 0:
+                rows, samples = int(self._rows.units[place]), int(self._rows.samples[place])
+                return living_rows(rows, samples) if samples else zero_rows(rows)
+        return self._found.get(number)
 
-    def ranges(self, numbers: Sequence[int]) -> tuple[list[int], Ranges]:
-        """Of which of some tallies the range is all there is; see `Group.ranges`."""
-        rows = [self._rows.get(number, -1) for number in numbers]
-        places = [place for place, row in enumerate(rows) if row >= 0]
-        return places, self._ranges.take(np.array([row for row in rows if row >= 0], np.intp))
+    def together(self, numbers: IntArray) -> tuple[tuple[IntArray, Ranges], tuple[IntArray, Rows]]:
+        """Of which of some tallies ranges, or uniform rows, are all there is; see `Group.together`."""
+        if not self._range_at.size:
+            return (_NONE, _NO_RANGES), (_NONE, _NO_ROWS)
+        ranges, rows = self._range_at[numbers], self._row_at[numbers]
+        range_places, row_places = np.flatnonzero(ranges >= 0), np.flatnonzero(rows >= 0)
+        taken = self._ranges.take(ranges[range_places])
+        return (range_places, taken), (row_places, self._rows.take(rows[row_places]))
 
     def make(self, flat: torch.Tensor, starts: IntArray) -> None:
         """Work out all that is wanted; call it under `Unseen`.
@@ -178,29 +225,45 @@ class LateTallies:
             flat: The values of the group, of shape (n,).
             starts: Where those of each tensor begin.
         """
+        numbers, indices, kinds = (np.array(column, np.int64) for column in self._outputs)
+        shapes = list(self._kinds)
+        range_at, row_at = np.full((2, len(self.samples)), -1)
         is_native = native.can_measure(flat)
-        activations, gradients = list(_by_fives(self._activations)), list(_by_fives(self._gradients))
-        if is_native and activations:
-            ranges = _ranges(flat, starts, activations)
-            alone = [row for row, (*_, slopes) in enumerate(activations) if slopes is None]
-            extents: dict[int, Extent | None] = {
-                row: ranges.at(row) for row, (*_, slopes) in enumerate(activations) if slopes is not None
-            }
-            self._ranges = ranges.take(np.array(alone, np.intp))
-            self._rows = {activations[row][0]: place for place, row in enumerate(alone)}
-        else:
-            extents = dict.fromkeys(range(len(activations)))
-        for row, extent in extents.items():
-            number, index, shape, axis, slopes = activations[row]
-            self._take(number, _part(flat, starts[index], shape), tally_plain, axis, slopes, extent)
-        zeros = _zeros(flat, starts, gradients) if is_native else itertools.repeat(None, len(gradients))
-        for (number, index, rows, width, samples), zero in zip(gradients, zeros, strict=True):
-            if zero == 0:
-                self._found[number] = living_rows(rows, samples)
-            elif zero == rows:
-                self._found[number] = zero_rows(rows)
-            else:
-                self._take(number, _part(flat, starts[index], (rows, width)), tally_rows, 0, samples)
+        extents: dict[int, Extent] = {}
+        by_itself = list(range(numbers.size))
+        if is_native and numbers.size:
+            sizes, steps = (np.array(found) for found in zip(*(_cube(*kind) for kind in shapes), strict=True))
+            cubes = sizes[kinds]
+            found = native.ranges_of_many(flat, starts[indices], cubes, steps[kinds])
+            ranges = Ranges(cubes[:, 0], cubes[:, 1], *found)
+            judged = (
+                [row for row, number in enumerate(numbers.tolist()) if number in self._slopes] if self._slopes else []
+            )
+            alone = np.delete(np.arange(numbers.size), judged)
+            self._ranges = ranges.take(alone)
+            range_at[numbers[alone]] = np.arange(alone.size)
+            extents, by_itself = {row: ranges.at(row) for row in judged}, judged
+        for row in by_itself:
+            number, (shape, axis) = int(numbers[row]), shapes[kinds[row]]
+            part = _part(flat, starts[indices[row]], shape)
+            self._take(number, part, tally_plain, axis, self._slopes.get(number), extents.get(row))
+        self._make_rows(flat, starts, row_at if is_native else None)
+        self._row_at, self._range_at = row_at, range_at
+
+    def _make_rows(self, flat: torch.Tensor, starts: IntArray, row_at: IntArray | None) -> None:
+        """Tally the rows of gradients; where C can read them, all of those by one call that are uniform."""
+        numbers, indices, rows, widths = (np.array(column, np.int64) for column in self._gradients)
+        by_itself = np.arange(numbers.size)
+        if row_at is not None and numbers.size:
+            zeros = native.zero_rows_in(flat, starts[indices], rows, widths)
+            is_uniform = (zeros == 0) | (zeros == rows)
+            uniform, by_itself = np.flatnonzero(is_uniform), np.flatnonzero(~is_uniform)
+            samples = np.array([self.samples[number] for number in numbers[uniform].tolist()], np.int64)
+            self._rows = Rows(rows[uniform], np.where(zeros[uniform] == 0, samples, 0))
+            row_at[numbers[uniform]] = np.arange(uniform.size)
+        for row in by_itself.tolist():
+            part = _part(flat, starts[indices[row]], (int(rows[row]), int(widths[row])))
+            self._take(int(numbers[row]), part, tally_rows, 0, self.samples[numbers[row]])
 
     def _take(self, number: int, part: torch.Tensor, make: Callable[..., object], *arguments: Any) -> None:
         """Make one tally; what goes wrong is told to whoever asks for it, and to nobody else."""
@@ -212,13 +275,6 @@ class LateTallies:
             self._found[number] = error
 
 
-def _ranges(flat: torch.Tensor, starts: IntArray, wanted: Sequence[tuple[Any, ...]]) -> Ranges:
-    """Ranges of the units of all tensors, by one call in C."""
-    sizes, steps = zip(*(_cube(shape, axis) for _, _, shape, axis, _ in wanted), strict=True)
-    places, cubes = starts[[index for _, index, *_ in wanted]], np.array(sizes)
-    return Ranges(cubes[:, 0], cubes[:, 1], *native.ranges_of_many(flat, places, cubes, np.array(steps)))
-
-
 @functools.lru_cache(maxsize=1024)
 def _cube(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """As how many samples, units and positions a tensor is read, and of how many one is looked at for the scale."""
@@ -226,21 +282,6 @@ def _cube(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, int, int], tupl
     return cube, scale_steps(*cube)
 
 
-def _zeros(flat: torch.Tensor, starts: IntArray, wanted: Sequence[tuple[Any, ...]]) -> list[int]:
-    """How many rows of each gradient are zero, by one call in C."""
-    if not wanted:
-        return []
-    _, places, rows, widths, _ = np.array(wanted, np.int64).T
-    zeros: list[int] = native.zero_rows_in(flat, starts[places], rows, widths).tolist()
-    return zeros
-
-
 def _part(flat: torch.Tensor, start: int, shape: tuple[int, ...]) -> torch.Tensor:
     """The values of one tensor, in its shape."""
     return flat[start : start + int(np.prod(shape))].view(shape)
-
-
-def _by_fives(flat: list[Any]) -> Iterator[tuple[Any, ...]]:
-    """Each five entries that belong together."""
-    entries = iter(flat)
-    return zip(entries, entries, entries, entries, entries, strict=True)
