@@ -145,8 +145,11 @@ def _row(
 def _newest(readings: Sequence[Reading], kind: str, statistic: str) -> dict[str, float]:
     """The newest value of each site, in the order of execution; NaN where some are NaN, or nothing is finite."""
     found: dict[str, float] = {}
-    for reading in readings:
-        found.update(reading.column(kind, statistic).items())
+    columns = [reading.column(kind, statistic) for reading in readings]
+    for reading, column, later in zip(readings, columns, [*columns[1:], {}], strict=True):
+        if reading.is_finite and list(column) == list(later):
+            continue  # all of it is in the one behind
+        found.update(column.items())
         if statistic == "rms":
             # That of the finite values alone would be a healthy number beside a gradient that is NaN but for zeros.
             found.update((name, math.nan) for name, count in reading.column(kind, "nan_count").items() if count)

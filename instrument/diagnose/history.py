@@ -7,6 +7,7 @@ flushes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -98,7 +99,7 @@ class UnitHistory:
                 columns = self._columns.get(name)
                 if columns is None or columns.units != len(status.rate):
                     columns = self._columns[name] = _Columns(len(status.rate))
-                columns.add(step, np.asarray(status.rate, np.float64))
+                columns.add(step, status.rate)
 
     def since(self, name: str) -> dict[int, int]:
         """For each dead unit of a module the step since which it is silent, at the latest."""
@@ -136,7 +137,7 @@ class _Columns:
         """Steps of the flushes in each column."""
         self._codes: list[npt.NDArray[np.uint8]] = []
 
-    def add(self, step: int, rates: FloatArray) -> None:
+    def add(self, step: int, rates: tuple[float, ...]) -> None:
         while self._steps and self._steps[-1][-1] >= step:
             self._steps[-1].pop()
             if not self._steps[-1]:
@@ -144,10 +145,10 @@ class _Columns:
                 self._codes.pop()
         if self._steps and len(self._steps[-1]) < self._stride:
             count = len(self._steps[-1])
-            self._codes[-1] = _encoded((_decoded(self._codes[-1]) * count + rates) / (count + 1))
+            self._codes[-1] = _encoded((_decoded(self._codes[-1]) * count + np.array(rates)) / (count + 1))
             self._steps[-1].append(step)
         else:
-            self._codes.append(_encoded(rates))
+            self._codes.append(_codes_of(rates))
             self._steps.append([step])
         if len(self._steps) > self._limit:
             self._halve()
@@ -183,6 +184,14 @@ def _encoded(rates: FloatArray) -> npt.NDArray[np.uint8]:
     codes = np.where(known > 0, 1 + np.round(_STEPS * np.clip(known, 0, 1)), 0)
     coded: npt.NDArray[np.uint8] = np.where(np.isnan(rates), _UNKNOWN, codes).astype(np.uint8)
     return coded
+
+
+@functools.lru_cache(maxsize=256)
+def _codes_of(rates: tuple[float, ...]) -> npt.NDArray[np.uint8]:
+    """The same of rates that many modules share, as those do whose gradients have no row of zeros."""
+    codes = _encoded(np.array(rates, np.float64))
+    codes.flags.writeable = False
+    return codes
 
 
 def _decoded(codes: npt.NDArray[np.uint8]) -> FloatArray:

@@ -8,6 +8,7 @@ to pack, and the interpreter lock all that time. Tensors that are measured toget
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from instrument.measure.histogram import INF_CODE, FloatArray, IntArray
 from instrument.measure.sketch import Sketch
 
-__all__ = ["FIELDS", "Sketches", "made"]
+__all__ = ["FIELDS", "Sketches", "made", "runs_of"]
 
 FIELDS = (
     "total", "total_squares", "low", "high", "count", "zero_count", "nan_count", "inf_count", "histogram_share"
@@ -108,9 +109,9 @@ class Sketches:
         """Those at places, in their order."""
         if not len(places):
             return self.part(0, 0)
-        first, last = int(places[0]), int(places[-1])
-        if last - first + 1 == len(places) and (np.diff(places) == 1).all():
-            return self.part(first, last + 1)
+        runs = runs_of(places)
+        if runs is not None:
+            return Sketches.joined([self.part(first, end) for first, end in runs])
         sizes = np.diff(self.ends, prepend=0)
         taken = sizes[places]
         ends = np.cumsum(taken)
@@ -124,6 +125,19 @@ class Sketches:
         wanted = (self.codes & 0x7FF) < INF_CODE
         ends = np.concatenate(([0], np.cumsum(wanted)))[self.ends]
         return Sketches(self.codes[wanted], self.counts[wanted], ends, self.numbers)
+
+
+_LEAST_RUN = 16
+"""Sketches of a run, on average, from which on it is quicker to copy runs than to look each sketch up."""
+
+
+def runs_of(places: IntArray) -> list[tuple[int, int]] | None:
+    """Places that follow each other, as first ones and ends; None where runs are short, one at least."""
+    breaks = np.flatnonzero(np.diff(places) != 1) + 1
+    if breaks.size > len(places) // _LEAST_RUN:
+        return None
+    cuts = [0, *breaks.tolist(), len(places)]
+    return [(int(places[start]), int(places[end - 1]) + 1) for start, end in itertools.pairwise(cuts)]
 
 
 def made(codes: npt.NDArray[np.uint16], counts: IntArray, numbers: Sequence[float]) -> Sketch:

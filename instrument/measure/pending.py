@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from instrument.measure.columns import Sketches
+from instrument.measure.columns import Sketches, runs_of
 from instrument.measure.device import LateNumber
 from instrument.measure.histogram import IntArray
 from instrument.measure.sketch import Sketch, merge_all
@@ -167,5 +168,15 @@ class _Parts:
 
     def taken(self, order: IntArray) -> Sketches:
         """Those at places, in their order."""
-        joined = Sketches.joined(self._found)
-        return joined if len(order) == self._size and (order == np.arange(self._size)).all() else joined.take(order)
+        runs = runs_of(order)
+        if runs is None:
+            return Sketches.joined(self._found).take(order)
+        starts = list(self._starts.values())
+        taken = []
+        for first, end in runs:
+            while first < end:
+                number = bisect.bisect_right(starts, first) - 1
+                part, start = self._found[number], starts[number]
+                taken.append(part.part(first - start, min(end - start, len(part))))
+                first = start + len(part)
+        return Sketches.joined(taken)

@@ -25,16 +25,21 @@ def no_gradient(readings: Sequence[Reading], config: Config) -> Iterator[Finding
     last = readings[-1]
     have_one = frozenset[str]().union(*(reading.with_gradient for reading in recent))
     lacking = [name for name, traits in last.parameters.items() if traits.requires_grad and name not in have_one]
-    if lacking:
-        columns = [reading.column("gradients", "abs_max") for reading in reversed(recent)]
-        for name in lacking:
-            is_there = name in columns[0] or any(name in column for column in columns)
-            yield _without_gradient(name, is_there, len(recent)).on(last.step)
+    there: set[str] = set()
+    for reading in reversed(recent):
+        if not there.issuperset(lacking):
+            there.update(reading.column("gradients", "abs_max"))
+    for finding in _without_gradients(tuple(lacking), tuple(name in there for name in lacking), len(recent)):
+        yield finding.on(last.step)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16)
+def _without_gradients(names: tuple[str, ...], are_there: tuple[bool, ...], readings: int) -> list[Finding]:
+    """What is said of parameters; it comes again each step, and where gradients vanish there are hundreds of them."""
+    return [_without_gradient(name, is_there, readings) for name, is_there in zip(names, are_there, strict=True)]
+
+
 def _without_gradient(name: str, is_there: bool, readings: int) -> Finding:
-    """What is said of a parameter; it comes again each step, and where gradients vanish there are hundreds of them."""
     what = "has a gradient of nothing but zeros" if is_there else "has never had a gradient"
     why = (
         "Nothing flows back to it: a dead layer, a detach() or a multiplication by zero lies behind it."
