@@ -78,15 +78,11 @@ class ParameterEntry:
     name: str
     owner: weakref.ref[nn.Module]
     attribute: str
-    kept: dict[str, nn.Parameter | None] | None = None
-    """The owner's dictionary of parameters, where the parameter shall outlive its module."""
 
     def get(self) -> nn.Parameter | None:
         """The parameter as it is now; reading the attribute of the module instead may compute."""
         owner = self.owner()
-        if owner is not None:
-            return parameters_of(owner).get(self.attribute)
-        return self.kept.get(self.attribute) if self.kept is not None else None
+        return parameters_of(owner).get(self.attribute) if owner is not None else None
 
 
 @dataclasses.dataclass(frozen=True)

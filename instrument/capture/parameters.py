@@ -7,18 +7,21 @@ backward leaves gradients in the discriminator, which no one will ever apply.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
+import operator
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 import torch
 
 from instrument.capture.names import ParameterEntry, Site, site_of
-from instrument.torch_private import Unseen, has_hooks, parameters_of
+from instrument.torch_private import Unseen, are_bare, has_hooks, parameters_of
 
 __all__ = ["UPDATE_SAMPLE", "Pairs", "Parameters", "is_cleared"]
+
+_Dictionary: TypeAlias = "dict[str, torch.nn.Parameter | None]"
 
 Pairs: TypeAlias = "list[tuple[str, torch.nn.Parameter]]"
 """Names and parameters."""
@@ -34,7 +37,11 @@ class Parameters:
     def __init__(self) -> None:
         self._selected: tuple[ParameterEntry, ...] = ()
         self._elsewhere: set[int] = set()
-        self._entries: tuple[ParameterEntry, ...] = ()
+        self._owners: list[weakref.ref[torch.nn.Module]] = []
+        self._kept: list[_Dictionary] = []
+        """The dictionary of each owner, unless a parameter in that leads elsewhere."""
+        self._places: list[tuple[str, int, str]] = []
+        """Name of each parameter, the number of its owner, and the attribute."""
         self._before: dict[str, torch.Tensor] = {}
 
     def select(self, entries: Iterable[ParameterEntry]) -> None:
@@ -44,11 +51,33 @@ class Parameters:
         lead back to their model by a hook or an attribute, since they would keep it alive for ever.
         """
         entries = tuple(entries)
+        if entries is self._selected and not self._elsewhere and self._are_kept_as_they_are():
+            return
         owners = {id(owner): owner for entry in entries if (owner := entry.owner()) is not None}
-        elsewhere = {key for key, owner in owners.items() if _leads_elsewhere(owner)}
-        if entries is not self._selected or elsewhere != self._elsewhere:
-            self._selected, self._elsewhere = entries, elsewhere
-            self._entries = tuple(_kept(entry, elsewhere) for entry in entries)
+        self._elsewhere = {key for key, owner in owners.items() if _leads_elsewhere(owner)}
+        self._selected = entries
+        numbers = {key: number for number, key in enumerate(owners)}
+        self._owners = [weakref.ref(owner) for owner in owners.values()]
+        self._kept = [parameters_of(owner) if key not in self._elsewhere else {} for key, owner in owners.items()]
+        self._places = [
+            (entry.name, numbers[id(owner)], entry.attribute)
+            for entry in entries if (owner := entry.owner()) is not None
+        ]  # fmt: skip
+
+    def _are_kept_as_they_are(self) -> bool:
+        """Whether the dictionaries kept are those of the owners, and nothing hangs on any parameter in them."""
+        found = self._dictionaries()
+        if not all(map(operator.is_, found, self._kept)):
+            return False
+        every = itertools.chain.from_iterable(map(dict.values, found))
+        return are_bare([parameter for parameter in every if parameter is not None])
+
+    def _dictionaries(self) -> list[_Dictionary]:
+        """Of each owner its parameters as they are now, or as they were when it went."""
+        return [
+            parameters_of(owner) if (owner := reference()) is not None else kept
+            for reference, kept in zip(self._owners, self._kept, strict=True)
+        ]
 
     def of(self, optimizer: torch.optim.Optimizer | None = None) -> Pairs:
         """Names and parameters that are selected and that this optimizer owns.
@@ -59,7 +88,8 @@ class Parameters:
         Returns:
             Name and parameter, in the order of the model.
         """
-        found = [(name, p) for name, p in ((entry.name, entry.get()) for entry in self._entries) if p is not None]
+        own = self._dictionaries()
+        found = [(name, p) for name, owner, attribute in self._places if (p := own[owner].get(attribute)) is not None]
         if optimizer is None:
             return found
         owned = set(map(id, itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)))
@@ -74,12 +104,12 @@ class Parameters:
         Yields:
             Site and parameter.
         """
-        for entry in self._entries:
-            site = site_of("parameters", entry.name)
-            if not has(site):
-                parameter = entry.get()
-                if parameter is not None:
-                    yield site, parameter
+        lacking = [place for place in self._places if not has(site_of("parameters", place[0]))]
+        own = self._dictionaries() if lacking else []
+        for name, owner, attribute in lacking:
+            parameter = own[owner].get(attribute)
+            if parameter is not None:
+                yield site_of("parameters", name), parameter
 
     def gradients(
         self, parameters: Iterable[tuple[str, torch.nn.Parameter]], scale: torch.Tensor | None = None
@@ -147,14 +177,6 @@ def _sample(parameter: torch.Tensor) -> torch.Tensor:
     while step > 1 and any(math.gcd(step, size) != 1 for size in parameter.shape):
         step += 1
     return flat[::step] if step > 1 else flat
-
-
-def _kept(entry: ParameterEntry, elsewhere: set[int]) -> ParameterEntry:
-    """The entry with a hold on its owner's dictionary, unless a parameter in that leads elsewhere."""
-    owner = entry.owner()
-    if owner is None or id(owner) in elsewhere:
-        return entry
-    return dataclasses.replace(entry, kept=parameters_of(owner))
 
 
 def _leads_elsewhere(owner: torch.nn.Module) -> bool:

@@ -43,6 +43,7 @@ class Selector:
         self._kinds = tuple(kinds)
         self._shape: _Shape = []
         self._walked: list[weakref.ref[nn.Module]] = []
+        self._encoders: list[weakref.ref[nn.TransformerEncoderLayer]] = []
         self._modules: list[tuple[str, weakref.ref[nn.Module], bool, bool]] = []
         self.module_names: tuple[str, ...] = ()
         """Names of the modules selected last."""
@@ -64,11 +65,16 @@ class Selector:
         if shape != self._shape or any(module() is None for module in self._walked):
             selection = select(model, self._patterns, self._kinds)
             self._shape, self._walked = shape, [weakref.ref(module) for module in walked]
+            self._encoders = [weakref.ref(part) for part in walked if isinstance(part, nn.TransformerEncoderLayer)]
             self._modules = [
                 (m.name, weakref.ref(m.module), m.is_root, m.is_inside_compiled) for m in selection.modules
             ]
             self.module_names = tuple(module.name for module in selection.modules)
             self.parameters, self.last_layer, self.is_new = selection.parameters, selection.last_layer, True
+
+    def encoder_layers(self) -> Iterator[nn.TransformerEncoderLayer]:
+        """The transformer encoder layers of the model when it was last looked at, selected or not."""
+        return (layer for reference in self._encoders if (layer := reference()) is not None)
 
     def modules(self) -> Iterator[ModuleEntry]:
         """The modules selected when the model was last looked at; none where it is gone."""

@@ -146,8 +146,8 @@ def _newest(readings: Sequence[Reading], kind: str, statistic: str) -> dict[str,
     """The newest value of each site, in the order of execution; NaN where some are NaN, or nothing is finite."""
     found: dict[str, float] = {}
     columns = [reading.column(kind, statistic) for reading in readings]
-    for reading, column, later in zip(readings, columns, [*columns[1:], {}], strict=True):
-        if reading.is_finite and list(column) == list(later):
+    for number, (reading, column) in enumerate(zip(readings, columns, strict=True), 1):
+        if number < len(columns) and reading.is_finite and list(column) == list(columns[number]):
             continue  # all of it is in the one behind
         found.update(column.items())
         if statistic == "rms":

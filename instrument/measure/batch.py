@@ -16,7 +16,7 @@ from instrument.measure.groups import GROUP, ArrivingGroup, GatheredGroup, Later
 from instrument.measure.pending import ALONE, Pending, gathered
 from instrument.measure.sketch import Sketch
 from instrument.measure.tensors import PLAIN, readable
-from instrument.torch_private import Unseen, can_hide
+from instrument.torch_private import Unseen, can_hide, is_asked_unseen
 
 __all__ = ["Batch", "Column", "measure_later", "measure_many"]
 
@@ -316,6 +316,12 @@ class Batch:
         Raises:
             UnmeasurableError: As for `measure`.
         """
+        if is_asked_unseen() and can_hide():
+            size, address = small(tensor)
+            group = self._groups.get(tensor.dtype) if address else None
+            place = group.add(tensor, size, address) if group is not None else None
+            if group is not None and place is not None:
+                return group, place
         with Unseen():
             size, address = small(tensor) if can_hide() else (0, 0)
             if not size:

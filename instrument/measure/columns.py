@@ -133,6 +133,8 @@ _LEAST_RUN = 16
 
 def runs_of(places: IntArray) -> list[tuple[int, int]] | None:
     """Places that follow each other, as first ones and ends; None where runs are short, one at least."""
+    if not len(places):
+        return []
     breaks = np.flatnonzero(np.diff(places) != 1) + 1
     if breaks.size > len(places) // _LEAST_RUN:
         return None

@@ -319,6 +319,13 @@ class GatheredGroup(Group):
         return self._flat
 
 
+# `ctypes.memmove` itself gives the interpreter lock up, which costs as much as to copy 8 kB, and a wait besides where
+# another thread takes it.
+_copy = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
+
+
 class ArrivingGroup(Group):
     """Tensors that come one by one, perhaps from several threads: each is copied at once."""
 
@@ -332,7 +339,7 @@ class ArrivingGroup(Group):
         self._is_busy = False
 
     def add(self, tensor: torch.Tensor, size: int, address: int) -> int | None:
-        """Copy a tensor of which `small` told size and address; call it under `Unseen`.
+        """Copy a tensor of which `small` told size and address; call it under `Unseen` where it has no address.
 
         Returns:
             Its place; None where the group is full or measured already.
@@ -345,7 +352,7 @@ class ArrivingGroup(Group):
             try:
                 start = self._size
                 if address:
-                    ctypes.memmove(self._address + start * self._itemsize, address, size * self._itemsize)
+                    _copy(self._address + start * self._itemsize, address, size * self._itemsize)
                 else:
                     room[start : start + size].view(tensor.shape).copy_(tensor)
                 # And one may have asked for what is there.

@@ -245,13 +245,18 @@ class Buffer:
         """Names of which the step has a tally."""
         return tuple(self._units)
 
-    def samples_of(self, name: str) -> int:
-        """How many samples the step has of a module's units, as far as that is known without waiting."""
-        found = self._units.get(name, ())
-        if isinstance(found, int):
-            return group_at(found, self._sources).samples_of(found % PLACES)
-        tallies = found if isinstance(found, (list, tuple)) else (found,)
-        return sum(tally.samples for tally in tallies if not isinstance(tally, DeviceTally))
+    def samples_of(self, names: Iterable[str]) -> list[int]:
+        """How many samples the step has of the units of each module, as far as that is known without waiting."""
+        found = []
+        for parts in map(self._units.get, names):
+            if isinstance(parts, int):
+                found.append(group_at(parts, self._sources).samples_of(parts % PLACES))
+            elif parts is None:
+                found.append(0)
+            else:
+                tallies = parts if isinstance(parts, list) else (parts,)
+                found.append(sum(tally.samples for tally in tallies if not isinstance(tally, DeviceTally)))
+        return found
 
     def note(self, site: Site, tensor: torch.Tensor) -> None:
         """Note what the tensor of a site is besides its values; of most sites that is the same each step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
@@ -33,6 +34,9 @@ __all__ = ["Collector"]
 
 _Remembered: TypeAlias = "tuple[weakref.ref[torch.Tensor], int, Sketch | Pending | ArrivingGroup, int]"
 """A tensor, how often it was changed in place before it was measured, and what `Batch.put` gave for it."""
+
+
+_first, _second = operator.itemgetter(0), operator.itemgetter(1)
 
 
 class Collector:
@@ -117,6 +121,10 @@ class Collector:
         if MODULE_KINDS.intersection(self._kinds):
             self.look(for_modules=True)
             yield from self._selector.modules()
+
+    def encoder_layers(self) -> Iterator[nn.TransformerEncoderLayer]:
+        """The transformer encoder layers in the model when it was last looked at."""
+        return self._selector.encoder_layers()
 
     def _bases(self) -> Iterator[Site]:
         """What is selected; a module stands for all its outputs."""
@@ -249,11 +257,13 @@ class Collector:
 
     def _measure_all(self, tensors: Iterable[tuple[Site, torch.Tensor]], sites: list[Site], column: Column) -> None:
         """Measure the tensors that are watched, all of which somebody holds; their sites are added to those given."""
-        kinds, is_broken = self._kinds, self._notices.is_broken
-        found = [pair for pair in tensors if pair[0].kind in kinds and not is_broken(pair[0])]
-        sites += (site for site, _ in found)
+        found = list(tensors)
+        if self._notices.faults or (found and found[0][0].kind not in self._kinds):
+            kinds, is_broken = self._kinds, self._notices.is_broken
+            found = [pair for pair in found if pair[0].kind in kinds and not is_broken(pair[0])]
+        sites += map(_first, found)
         with Unseen():
-            self.buffer.note_all(sites, wanted := [tensor for _, tensor in found])
+            self.buffer.note_all(sites, wanted := list(map(_second, found)))
         measure_later(wanted, self._sample_above, self._batch.devices, False, column)
         if found and found[0][0].kind == "gradients":
             try:
@@ -288,7 +298,7 @@ class Collector:
             output: What it returned.
             taken: What came of it is added here, as for `add_measured`.
         """
-        if self._notices.is_broken(site_of("units", name)):
+        if self._notices.faults and self._notices.is_broken(site_of("units", name)):
             return
         try:
             found = self.units.judge(name, inputs, output)

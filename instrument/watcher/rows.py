@@ -33,6 +33,7 @@ class RowTallies:
         self._judge = judge
         self._buffer = buffer
         self._notices = notices
+        self._known: tuple[tuple[int, int, int], list[Site], list[tuple[int, str, bool]]] | None = None
 
     def add(
         self, found: Sequence[tuple[Site, torch.Tensor]], column: Column | None, otherwise: int, first: int = 0
@@ -46,21 +47,22 @@ class RowTallies:
             first: The place of the first of them in the column.
         """
         groups: dict[int, tuple[list[str], list[int], list[int], list[int]]] = {}
+        plan = self._planned([site for site, _ in found])
+        every = self._buffer.samples_of([module for _, module, _ in plan])
         with Unseen():
-            for place, (site, gradient) in enumerate(found, first):
+            for (place, _, is_first), samples in zip(plan, every, strict=True):
+                site, gradient = found[place]
                 try:
-                    module = self._judge.module_of_rows(site.name)
-                    if module is None or not gradient.dim():
+                    if not gradient.dim():
                         continue
-                    samples = self._buffer.samples_of(module) or otherwise
-                    item = column.items[place] if column is not None and self._judge.are_rows_first(module) else None
+                    item = column.items[first + place] if column is not None and is_first else None
                     if isinstance(item, int):
                         names, places, rows, of = groups.setdefault(item // GROUP, ([], [], [], []))
                         names.append(site.name)
                         places.append(item % GROUP)
                         rows.append(len(gradient))
-                        of.append(samples)
-                    elif (tally := self._judge.rows(site.name, gradient, samples)) is not None:
+                        of.append(samples or otherwise)
+                    elif (tally := self._judge.rows(site.name, gradient, samples or otherwise)) is not None:
                         self._buffer.add_units(site.name, tally)
                 except Exception as error:
                     self._notices.failed(f"units of {site.name}", error)
@@ -69,3 +71,18 @@ class RowTallies:
             start = column.groups[number].rows(places, rows, of)
             if start is not None:
                 self._buffer.add_units_of(names, column.groups[number], start)
+
+    def _planned(self, sites: list[Site]) -> list[tuple[int, str, bool]]:
+        """Of gradients whose rows tell something the place, the module, and whether units are the first dimension.
+
+        The same come again each step, and are looked up once.
+        """
+        age = (*self._judge.age, self._notices.faults)
+        if self._known is None or self._known[0] != age or self._known[1] != sites:
+            plan = [
+                (place, module, self._judge.are_rows_first(module))
+                for place, site in enumerate(sites)
+                if (module := self._judge.module_of_rows(site.name)) is not None
+            ]
+            self._known = age, sites, plan
+        return self._known[2]

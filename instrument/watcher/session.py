@@ -70,6 +70,7 @@ class Session:
         self.buffer = self.collector.buffer
         # What hooks call for each module goes to the collector without a detour.
         self.wants, self.take, self.judge = self.collector.wants, self.collector.take, self.collector.judge
+        self.wants_kind = self.collector.wants_kind
         self._pid = os.getpid()
         self.schedule = Schedule(config.histogram_interval, config.scalar_interval)
         """Which steps are sampled."""
@@ -136,6 +137,10 @@ class Session:
     def modules(self) -> Iterable[ModuleEntry]:
         """The modules to attach to, as the model is now."""
         return self.collector.modules()
+
+    def encoder_layers(self) -> Iterable[nn.TransformerEncoderLayer]:
+        """The transformer encoder layers in the model, as it was when its modules were last asked for."""
+        return self.collector.encoder_layers()
 
     def inside_graph(self, names: Iterable[str]) -> None:
         """Modules that are part of a compiled graph and so are not observed."""

@@ -99,6 +99,7 @@ class UnitJudge:
         self._copied = copied
         self._roles: dict[str, _Role] = {}
         self._with_rows: dict[str, str] = {}
+        self._selections = 0
         self._root: str | None = None
         self._last_layer: str | None = None
         self._keys: dict[str, dict[str, str]] = {}
@@ -115,6 +116,7 @@ class UnitJudge:
             last_layer: Name of the layer that makes the model's output.
         """
         self._last_layer = last_layer
+        self._selections += 1
         roles = {}
         for entry in modules:
             if entry.is_root:
@@ -167,6 +169,11 @@ class UnitJudge:
         if tally is None:
             return None
         return (name if role.is_layer or before is None else self._key(name, before[0])) + path, *tally
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """What is another whenever `module_of_rows` may answer otherwise, unless a site is wanted no more."""
+        return self._selections, len(self._judged)
 
     def module_of_rows(self, parameter: str) -> str | None:
         """Name of the module of whose units rows of a parameter's gradient tell, where nothing else tells of them.

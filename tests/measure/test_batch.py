@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import sys
 import threading
@@ -301,27 +300,27 @@ def test_tensors_that_cannot_all_be_made_are_held_no_longer() -> None:
 
 def test_who_adds_in_the_middle_of_an_addition_overwrites_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A finalizer may measure a tensor of its own while one is copied, and may ask for all that is there."""
-    copy, batch = ctypes.memmove, Batch()
+    copy, batch = groups._copy, Batch()
     inside: list[Later] = []
 
     def interrupted(*places: int) -> None:
-        monkeypatch.setattr(ctypes, "memmove", copy)
+        monkeypatch.setattr(groups, "_copy", copy)
         item = batch.add(torch.full((4,), 7.0))
         assert isinstance(item, Later)
         inside.append(item)
         copy(*places)
 
     first = batch.add(torch.full((2,), 1.0))
-    monkeypatch.setattr(ctypes, "memmove", interrupted)
+    monkeypatch.setattr(groups, "_copy", interrupted)
     second = batch.add(torch.full((3,), 2.0))
 
     def asking(*places: int) -> None:
-        monkeypatch.setattr(ctypes, "memmove", copy)
+        monkeypatch.setattr(groups, "_copy", copy)
         assert isinstance(inside[0], Later)
         inside[0].group.sketches()
         copy(*places)
 
-    monkeypatch.setattr(ctypes, "memmove", asking)
+    monkeypatch.setattr(groups, "_copy", asking)
     third = batch.add(torch.full((5,), 3.0))
     found = [item.sketch() for item in (first, second, inside[0], third) if isinstance(item, Later)]
     assert [(sketch.mean, sketch.count) for sketch in found] == [(1.0, 2), (2.0, 3), (7.0, 4), (3.0, 5)]

@@ -36,11 +36,9 @@ from instrument.capture.hooks.objects import (
 )
 from instrument.capture.names import ModuleEntry, Site, site_of
 from instrument.capture.outputs import named_tensors
-from instrument.torch_private import in_backward, in_compiled_call, in_functorch, put_back
+from instrument.torch_private import in_backward, in_compiled_call, in_functorch, is_tracing, put_back
 
 __all__ = ["PassListener", "Taps"]
-
-_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # public, and not in its list
 
 _Attached: TypeAlias = "tuple[ModuleHook, RemovableHandle]"
 
@@ -66,6 +64,9 @@ class PassListener(Protocol):
     def modules(self) -> Iterable[ModuleEntry]:
         """The modules to attach to, as the model is now."""
 
+    def encoder_layers(self) -> Iterable[nn.TransformerEncoderLayer]:
+        """The transformer encoder layers in the model, as it was when its modules were last asked for."""
+
     def take(self, site: Site, tensor: torch.Tensor, taken: list[Any]) -> None:
         """Measure a tensor as it is now, and add what is to be kept for the pass."""
 
@@ -87,6 +88,9 @@ class PassListener(Protocol):
 
     def wants(self, site: Site) -> bool:
         """Whether this site is watched."""
+
+    def wants_kind(self, kind: str) -> bool:
+        """Whether anything of this kind is watched; always the same."""
 
     def failed(self, place: str, error: Exception) -> None:
         """An error of ours in a hook; may raise in strict mode."""
@@ -123,6 +127,7 @@ class Taps:
         self._open: dict[int, ForwardPass] = {}
         self._waiting: list[ForwardPass] = []
         self._do_outputs_tell = False
+        self._with_gradients = listener.wants_kind("activation_gradients")
 
     def watch_root(self) -> None:
         """Have the root report when it is called; does nothing where it does so already."""
@@ -152,8 +157,9 @@ class Taps:
         is_compiled_call, is_root_traced = in_compiled_call(), self.is_root_traced
         everything = self._listener.sees_through_graphs()
         inside: list[str] = []
-        fused = _fused(self._model())
-        for entry in self._listener.modules():
+        entries = list(self._listener.modules())
+        fused = _fused(self._listener.encoder_layers())
+        for entry in entries:
             is_inside = entry.is_inside_compiled or (is_compiled_call and not entry.is_root) or is_root_traced
             if is_inside and not everything:
                 inside.append(entry.name)
@@ -244,7 +250,7 @@ class Taps:
     def root_starts(self, module: nn.Module) -> None:
         """The root is called: decide whether to capture, and open a pass if so."""
         recomputes = in_backward()
-        if in_functorch() or _is_tracing() or (recomputes and self.in_backward_of is not None):
+        if in_functorch() or is_tracing() or (recomputes and self.in_backward_of is not None):
             return
         thread = threading.get_ident()
         self._open.pop(thread, None)  # the last forward of this thread ended in an exception
@@ -308,7 +314,7 @@ class Taps:
     def module_called(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """A selected module has returned: measure what it returned."""
         try:
-            if not self._are_attached or in_functorch() or _is_tracing():
+            if not self._are_attached or in_functorch() or is_tracing():
                 return
             self.called.add(name)
             forward = self._open.get(threading.get_ident())
@@ -340,8 +346,7 @@ class Taps:
             site = site_of("activations", name + path)
             if self._listener.wants(site):
                 self._listener.take(site, tensor, forward.taken)
-            site = site_of("activation_gradients", name + path)
-            if self._listener.wants(site):
+            if self._with_gradients and self._listener.wants(site := site_of("activation_gradients", name + path)):
                 if tensor.requires_grad and torch.is_grad_enabled():
                     self._hook_tensor(tensor, GradientTap(self, site, forward))
                 else:
@@ -364,13 +369,11 @@ class Taps:
             self._leaf_handles.append(handle)
 
 
-def _fused(model: nn.Module | None) -> set[int]:
+def _fused(layers: Iterable[nn.TransformerEncoderLayer]) -> set[int]:
     """Identities of the modules whose hooks would switch the fused path of a frozen encoder off, and change numbers."""
-    modules = model.modules() if model is not None else ()
     return {
         id(part)
-        for layer in modules
-        if isinstance(layer, nn.TransformerEncoderLayer)
-        and not (layer.training or any(parameter.requires_grad for parameter in layer.parameters()))
+        for layer in layers
+        if not (layer.training or any(parameter.requires_grad for parameter in layer.parameters()))
         for part in layer.modules()
     }
