@@ -24,7 +24,7 @@ PROFILES = {"activations": "rms of activations by depth", "gradients": "rms of g
 PROFILE_STATISTIC = "by_depth"
 PROFILE_NAME = "rms"
 
-SHARE = 0.01
+SHARE = 0.005
 """Of the time of the steps, how much unit maps may take until the training is over. Those of 400 layers, whose steps
 take 75 ms, would take as long as 60 of these."""
 

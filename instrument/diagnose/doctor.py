@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from instrument.capture.names import Site
 from instrument.config import Config
 from instrument.diagnose.diagnostics.registry import DIAGNOSTICS, ONCE, Diagnostic
-from instrument.diagnose.findings import Finding
+from instrument.diagnose.findings import UNDATED, Finding, Standing
 from instrument.diagnose.readings import NO_UNITS, ParameterTraits, Reading
 from instrument.diagnose.units import UnitStatus, UnitWindows
 from instrument.errors import warn_quietly
@@ -51,6 +51,17 @@ class _Seen:
     def __init__(self, finding: Finding) -> None:
         self.level = finding.level
         self.step = finding.step
+
+
+class _Standing:
+    """What a diagnostic found last, where that comes again."""
+
+    __slots__ = ("active", "step", "undated")
+
+    def __init__(self, undated: list[Finding]) -> None:
+        self.undated = undated
+        self.active: dict[_Seen, Finding] = {}
+        self.step = UNDATED
 
 
 class Doctor:
@@ -95,6 +106,7 @@ class Doctor:
         self._told: list[Finding] = []
         self._seen: dict[_Key, _Seen] = {}
         self._active: dict[_Seen, Finding] = {}
+        self._standing: dict[str, _Standing] = {}
         self._units: dict[str, UnitStatus] = {}
         self._judged_at: int | None = None
 
@@ -149,7 +161,7 @@ class Doctor:
     def active(self) -> tuple[Finding, ...]:
         """What the newest reading still suffers from."""
         with self._lock:
-            return tuple(self._active.values())
+            return tuple([f if f.step != UNDATED else f.on(seen.step) for seen, f in self._active.items()])
 
     def units(self) -> dict[str, UnitStatus]:
         """The state of the units of each module, by all records taken so far."""
@@ -210,10 +222,14 @@ class Doctor:
         self.readings.append(reading)
         readings = tuple(self.readings)
         active: dict[_Seen, Finding] = {}
-        told = []
+        told: list[Finding] = []
         for diagnostic in tuple(self._diagnostics):
             is_once = diagnostic.__name__ in ONCE
-            for finding in self._ask(diagnostic, readings):
+            found = self._ask(diagnostic, readings)
+            if isinstance(found, Standing):
+                active.update(self._stand(diagnostic.__name__, found, told))
+                continue
+            for finding in found:
                 seen, is_new = self._see(finding, is_once)
                 if is_new:
                     told.append(finding)
@@ -251,12 +267,14 @@ class Doctor:
         known = {(finding.diagnostic, finding.site) for finding in self._told}
         known |= {(finding.diagnostic, None) for finding in self._told if finding.diagnostic in ONCE}
         self._seen = {key: seen for key, seen in self._seen.items() if key in known}
+        self._standing.clear()
         for seen in self._seen.values():
             seen.step = min(seen.step, step)
 
-    def _ask(self, diagnostic: Diagnostic, readings: tuple[Reading, ...]) -> list[Finding]:
+    def _ask(self, diagnostic: Diagnostic, readings: tuple[Reading, ...]) -> Iterable[Finding]:
         try:
-            return list(diagnostic(readings, self._config))
+            found = diagnostic(readings, self._config)
+            return found if isinstance(found, Standing) else list(found)
         except Exception as error:
             self._diagnostics.remove(diagnostic)
             self._error = error
@@ -265,6 +283,31 @@ class Doctor:
                 "training goes on"
             )
             return []
+
+    def _stand(self, name: str, found: Standing, told: list[Finding]) -> Mapping[_Seen, Finding]:
+        """Remember findings as `_see` does, all by one look where they are those that were found last.
+
+        Args:
+            name: Name of the diagnostic.
+            found: What it found.
+            told: What is new is added here.
+
+        Returns:
+            What is active by that.
+        """
+        known = self._standing.get(name)
+        is_known = known is not None and known.undated is found.undated
+        if known is None or not is_known or found.step - known.step > self._config.finding_cooldown:
+            known = self._standing[name] = _Standing(found.undated)
+            for undated in found.undated:
+                seen, is_new = self._see(finding := undated.on(found.step), is_once=False)
+                known.active[seen] = undated
+                if is_new:
+                    told.append(finding)
+        known.step = found.step
+        for seen in known.active:
+            seen.step = found.step
+        return known.active
 
     def _see(self, finding: Finding, is_once: bool) -> tuple[_Seen, bool]:
         """Remember a finding; and whether it is to be told: never before, or worse, or back after the cooldown."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from instrument.capture.names import MODULE_KINDS, Site
 
-__all__ = ["Finding", "Level"]
+__all__ = ["UNDATED", "Finding", "Level", "Standing"]
 
 
 class Level(enum.IntEnum):
@@ -85,3 +86,30 @@ class Finding:
         if self.site is not None:
             where = f", layer {self.site.name}" if self.site.kind in MODULE_KINDS else f", {self.site.name}"
         return f"{self.level} step {self.step}{where}: {self.sentence}"
+
+
+class Standing(Iterable[Finding]):
+    """Findings that come again on every step as long as nothing changes; where gradients vanish there are hundreds.
+
+    Args:
+        undated: What is found, of step `UNDATED`; the same list as long as the same is found.
+        step: The step on which it is.
+
+    Example:
+        >>> undated = [Finding(Level.WARN, "no_gradient", None, UNDATED, 0.0, 0.0, "gradient", "nothing learns")]
+        >>> [found.step for found in Standing(undated, 7)]
+        [7]
+    """
+
+    def __init__(self, undated: list[Finding], step: int) -> None:
+        self.undated = undated
+        """The findings, without their step."""
+        self.step = step
+        """The step on which they were found."""
+
+    def __iter__(self) -> Iterator[Finding]:
+        return (finding.on(self.step) for finding in self.undated)
+
+
+UNDATED = -1
+"""Stands where the step of a finding stands, before it has one."""

@@ -191,6 +191,15 @@ class Reading:
         columns = (self.column("gradients", statistic) for statistic in statistics)
         return frozenset(name for column in columns for name, value in column.items() if value > 0)
 
+    @property
+    def vectors(self) -> frozenset[str]:
+        """Names of the parameters that are no matrices: biases, scales of normalisations."""
+        global _last_vectors
+        if _last_vectors is None or _last_vectors[0] is not self.parameters:  # most readings share them
+            found = frozenset(name for name, traits in self.parameters.items() if traits.ndim < _MATRIX)
+            _last_vectors = self.parameters, found
+        return _last_vectors[1]
+
     def derived(self) -> dict[Tag, float]:
         """The numbers that the statistics of no single tensor tell; see `DERIVED`."""
         values = self.values.further() if isinstance(self.values, Numbers) else self.values
@@ -247,6 +256,7 @@ class _Known(NamedTuple):
 
 
 _last_known: _Known | None = None
+_last_vectors: tuple[Mapping[str, ParameterTraits], frozenset[str]] | None = None
 
 
 def _about(traits: Mapping[str, Traits]) -> tuple[dict[str, ParameterTraits], list[str]]:

@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from instrument import measure
 from instrument.capture.names import Site
 from instrument.config import Config
+from instrument.diagnose import diagnostics
 from instrument.diagnose.doctor import Doctor
 from instrument.diagnose.findings import Finding, Level
 from instrument.diagnose.readings import GLOBAL_L2, ParameterTraits, Reading
@@ -157,3 +160,29 @@ class TestReadings:
         reading = self.reading({"Activations/b": nan, "Activations/a": torch.ones(1), "Gradients/b": nan})
         assert reading.sites == (Site("activations", "b"), Site("activations", "a"), Site("gradients", "b"))
         assert reading.values[Tag("activations", "nan_count", "b")] == 1.0
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_findings_that_stand_are_those_that_are_found_anew_each_step(data: st.DataObject) -> None:
+    """Told once, again when worse or back after the cooldown, and active with the newest step, whatever else comes."""
+
+    def no_gradient(readings: Sequence[Reading], config: Config) -> list[Finding]:
+        return list(diagnostics.no_gradient(readings, config))
+
+    config = Config(unused_checks=3, finding_cooldown=20)
+    anew, standing = (Doctor(config, None, diagnostics=[each]) for each in (no_gradient, diagnostics.no_gradient))
+    traits = {name: ParameterTraits(2, True) for name in ("a", "b", "c", "d")}
+    step, silent = 0, {"a", "b"}
+    for _ in range(data.draw(st.integers(1, 40))):
+        step += data.draw(st.sampled_from([1, 1, 1, 1, 1, 30]))
+        if data.draw(st.integers(0, 30)) == 0:
+            step = max(0, step - 10)  # the run was resumed
+        if data.draw(st.integers(0, 4)) == 0:
+            silent ^= {data.draw(st.sampled_from("abcd"))}
+        values = {Tag("gradients", "abs_max", name): float(name not in silent) for name in "abc"}
+        values[GLOBAL_L2] = 1.0
+        reading = Reading(step, values, parameters=traits)
+        assert standing.examine(reading) == anew.examine(reading)
+        assert sorted(map(str, standing.active())) == sorted(map(str, anew.active()))
+    assert standing.findings() == anew.findings()

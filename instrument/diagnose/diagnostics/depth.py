@@ -24,8 +24,6 @@ _FEWEST_LAYERS = 3
 _STEADY = 0.9
 """Rank correlation with depth from which on a rise or fall is steady (Spearman's; our proposal)."""
 
-_MATRIX = 2
-
 
 def activation_scale(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
     """WARN: activations shrink or grow from layer to layer, as after an initialisation of the wrong scale."""
@@ -83,9 +81,8 @@ def _profiles(readings: Sequence[Reading], kind: str, config: Config) -> Iterato
     recent = newest(readings, config.depth_checks, lambda reading: reading.column(kind, "rms"))
     if not recent:
         return
-    traits = readings[-1].parameters
-    layers = (name for name in recent[-1].column(kind, "rms") if name not in traits or traits[name].ndim >= _MATRIX)
-    for names in _of_one_role(tuple(layers)):
+    vectors = readings[-1].vectors
+    for names in _of_one_role(tuple([name for name in recent[-1].column(kind, "rms") if name not in vectors])):
         sizes = np.array([reading.sizes(kind, "rms", names) for reading in recent])
         # A layer whose gradient is zero stops everything behind it; that is no trend, and is told elsewhere.
         if ((sizes > 0.0) & (sizes < math.inf)).all():

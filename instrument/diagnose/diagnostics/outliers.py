@@ -15,10 +15,11 @@ __all__ = ["outliers"]
 def outliers(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
     """INFO: an output whose largest value is hundreds of times its root mean square, as trained transformers have."""
     newest = readings[-1]
-    sizes = newest.column("activations", "rms")
-    for name, most in newest.column("activations", "abs_max").items():
+    large = [pair for pair in newest.column("activations", "abs_max").items() if pair[1] > config.outlier_abs_max]
+    sizes = newest.column("activations", "rms") if large else {}
+    for name, most in large:
         size = sizes.get(name, 0.0)
-        if most > config.outlier_abs_max and size > 0.0 and most > config.outlier_ratio * size:
+        if size > 0.0 and most > config.outlier_ratio * size:
             yield Finding(
                 Level.INFO, "outliers", Site("activations", name), newest.step, most / size, config.outlier_ratio,
                 "rms",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from instrument.capture.names import Site, site_of
 from instrument.config import Config
 from instrument.diagnose.diagnostics.words import listed, newest
-from instrument.diagnose.findings import Finding, Level
+from instrument.diagnose.findings import UNDATED, Finding, Level, Standing
 from instrument.diagnose.readings import GLOBAL_L2, Reading
 
 __all__ = ["frozen", "no_gradient", "unchanged"]
@@ -17,20 +17,19 @@ _ROUNDING = 1e-4
 """Gradients of which size, of the largest of the network, may be mere rounding errors."""
 
 
-def no_gradient(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
+def no_gradient(readings: Sequence[Reading], config: Config) -> Standing:
     """WARN: a parameter that asks for a gradient has none, or one of zeros, on all of the last readings."""
     recent = newest(readings, config.unused_checks, lambda reading: reading.values.get(GLOBAL_L2))
-    if not recent:
-        return
     last = readings[-1]
     have_one = frozenset[str]().union(*(reading.with_gradient for reading in recent))
-    lacking = [name for name, traits in last.parameters.items() if traits.requires_grad and name not in have_one]
+    asking = last.parameters.items() if recent else ()
+    lacking = [name for name, traits in asking if traits.requires_grad and name not in have_one]
     there: set[str] = set()
     for reading in reversed(recent):
         if not there.issuperset(lacking):
             there.update(reading.column("gradients", "abs_max"))
-    for finding in _without_gradients(tuple(lacking), tuple(name in there for name in lacking), len(recent)):
-        yield finding.on(last.step)
+    are_there = tuple([name in there for name in lacking])
+    return Standing(_without_gradients(tuple(lacking), are_there, len(recent)), last.step)
 
 
 @functools.lru_cache(maxsize=16)
@@ -48,7 +47,7 @@ def _without_gradient(name: str, is_there: bool, readings: int) -> Finding:
         "and optimizer.param_groups, or set requires_grad to False if that is meant."
     )
     return Finding(
-        Level.WARN, "no_gradient", site_of("gradients", name), 0, 0.0, 0.0, "gradient",
+        Level.WARN, "no_gradient", site_of("gradients", name), UNDATED, 0.0, 0.0, "gradient",
         f"{name} {what} on the last {readings} readings, so it does not learn. {why}",
     )  # fmt: skip
 

@@ -225,6 +225,8 @@ class LateTallies:
             flat: The values of the group, of shape (n,).
             starts: Where those of each tensor begin.
         """
+        if not self.samples:
+            return
         numbers, indices, kinds = (np.array(column, np.int64) for column in self._outputs)
         shapes = list(self._kinds)
         range_at, row_at = np.full((2, len(self.samples)), -1)
