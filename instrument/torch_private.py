@@ -7,7 +7,6 @@
 | hide our operations from modes | `torch.utils._python_dispatch._disable_current_modes` | nothing is measured while a mode is active |
 | is a mode active? | `torch._C._len_torch_dispatch_stack` | modes are always switched off, a few microseconds a tensor; without both nothing is measured at all |
 | does a function mode see what we ask of a tensor? | `torch._C._len_torch_function_stack` | always said to: function modes are switched off for each tensor, a microsecond dearer |
-| "does `torch.jit.trace` run this call?" | `torch._C._is_tracing` | `torch.jit.is_tracing`, 0.1 us dearer |
 | leave grad mode cheaply | `torch._C._set_grad_enabled` | `torch.set_grad_enabled`, half a microsecond dearer |
 | ignore function modes | `torch._C.DisableTorchFunction` | they see our operations, `torch.set_default_device` for one |
 | keep Dynamo from hooks and what they call | `torch._C._dynamo.eval_frame.set_code_exec_strategy` with `_FrameExecStrategy` and `_FrameAction`, the mark `_torchdynamo_disable` | functions go through `torch.compiler.disable`, 0.4 us a call; methods of hook objects may be compiled by themselves and then do nothing |
@@ -63,7 +62,6 @@ __all__ = [
     "is_asked_unseen",
     "is_compiled",
     "is_fake",
-    "is_tracing",
     "meeting_store",
     "never_compile",
     "never_compile_code",
@@ -96,7 +94,6 @@ _graph_task_id: Callable[[], int] | None = _lookup("torch._C._current_graph_task
 _interpreter_stack: Callable[[], object] | None = _lookup("torch._C._functorch.peek_interpreter_stack")
 _modes_active: Callable[[], int] | None = _lookup("torch._C._len_torch_dispatch_stack")
 _function_modes: Callable[[], int] | None = _lookup("torch._C._len_torch_function_stack")
-_tracing: Callable[[], bool] = _lookup("torch._C._is_tracing") or torch.jit.is_tracing  # type: ignore[attr-defined]
 _disable_modes: Callable[[], contextlib.AbstractContextManager[Any]] | None = _lookup(
     "torch.utils._python_dispatch._disable_current_modes"
 )
@@ -132,11 +129,6 @@ def when_backward_ends(function: Callable[[], None]) -> bool:
 def in_functorch() -> bool:
     """Whether a transform of `torch.func` runs the caller; its tensors have no values to read."""
     return _interpreter_stack is not None and _interpreter_stack() is not None
-
-
-def is_tracing() -> bool:
-    """Whether `torch.jit.trace` runs the caller."""
-    return _tracing()
 
 
 def is_asked_unseen() -> bool:
@@ -199,12 +191,8 @@ def has_hooks(tensor: torch.Tensor) -> bool:
 
 def are_bare(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether on none of several tensors anything of the user's hangs: no hook, no attribute."""
-    return (
-        _has_hook_lists
-        and not any(map(_backward_hooks, tensors))
-        and not any(map(_accumulate_hooks, tensors))
-        and not any(map(vars, tensors))
-    )
+    every = (_backward_hooks, _accumulate_hooks, vars)
+    return _has_hook_lists and not any(any(map(read, tensors)) for read in every)
 
 
 _backward_hooks, _accumulate_hooks = map(operator.attrgetter, ("_backward_hooks", "_post_accumulate_grad_hooks"))

@@ -28,7 +28,6 @@ GRAPH_TASK = "torch._C._current_graph_task_id"
 FUNCTORCH = "torch._C._functorch.peek_interpreter_stack"
 DISABLE_MODES = "torch.utils._python_dispatch._disable_current_modes"
 FUNCTION_MODES = "torch._C._len_torch_function_stack"
-IS_TRACING = "torch._C._is_tracing"
 COUNT_MODES = "torch._C._len_torch_dispatch_stack"
 SET_GRAD = "torch._C._set_grad_enabled"
 DISABLE_FUNCTION = "torch._C.DisableTorchFunction"
@@ -514,7 +513,6 @@ def without_module_call() -> None:
 WITHOUT: list[tuple[Callable[[], None], list[str]]] = [
     (without_nothing, []),
     (without_nothing, [FUNCTION_MODES]),
-    (without_nothing, [IS_TRACING]),
     (without_graph_task, [GRAPH_TASK]),
     (without_functorch, [FUNCTORCH]),
     (without_a_way_out_of_modes, [DISABLE_MODES]),

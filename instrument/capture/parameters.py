@@ -142,6 +142,16 @@ class Parameters:
             for name, parameter in parameters:
                 self._before[name] = _sample(parameter).clone()
 
+    def remember_as(self, name: str, values: torch.Tensor) -> None:
+        """Keep values of shape (n,) as those that a parameter had before the step."""
+        self._before[name] = values
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Forget what was kept of parameters whose step never ended."""
+        if self._before:
+            for name in names:
+                self._before.pop(name, None)
+
     def updates(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[Site, torch.Tensor]]:
         """What the step changed, of the same sample: up to `UPDATE_SAMPLE` elements, float64, of shape (n,)."""
         for name, parameter in parameters:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from instrument.capture.names import ModuleEntry, ParameterEntry, has_forward, select
+from instrument.capture.names import MODULE_KINDS, ModuleEntry, ParameterEntry, Site, has_forward, select
 from instrument.capture.patterns import Patterns
 from instrument.torch_private import children_of, is_compiled, parameters_of
 
@@ -71,6 +71,13 @@ class Selector:
             ]
             self.module_names = tuple(module.name for module in selection.modules)
             self.parameters, self.last_layer, self.is_new = selection.parameters, selection.last_layer, True
+
+    def sites(self) -> Iterator[Site]:
+        """What is selected; a module stands for all its outputs."""
+        for name in self.module_names:
+            yield from (Site(kind, name) for kind in self._kinds if kind in MODULE_KINDS)
+        for place in self.parameters:
+            yield from (Site(kind, place.name) for kind in self._kinds if kind not in MODULE_KINDS)
 
     def encoder_layers(self) -> Iterator[nn.TransformerEncoderLayer]:
         """The transformer encoder layers of the model when it was last looked at, selected or not."""

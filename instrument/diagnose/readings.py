@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -191,6 +192,12 @@ class Reading:
         columns = (self.column("gradients", statistic) for statistic in statistics)
         return frozenset(name for column in columns for name, value in column.items() if value > 0)
 
+    @functools.cached_property
+    def ratios(self) -> tuple[tuple[str, ...], FloatArray]:
+        """Names of the matrices of which a ratio of the update is known, equal ones in one tuple, and the ratios."""
+        column = self.column("updates", LOG10_RATIO)
+        return _shared(tuple(column)), np.array(list(column.values()), np.float64)
+
     @property
     def vectors(self) -> frozenset[str]:
         """Names of the parameters that are no matrices: biases, scales of normalisations."""
@@ -293,10 +300,30 @@ def _of_narrow(kind: str, name: str, sketch: Sketch, traits: Traits) -> dict[Tag
 
 
 def _ratios(numbers: Numbers, known: Mapping[str, ParameterTraits]) -> dict[Tag, float]:
-    changes, sizes = numbers.column("updates", "rms"), numbers.column("parameters", "rms")
-    ratios = {}
-    for name, change in changes.items():
-        size, traits = sizes.get(name, 0.0), known.get(name)
-        if traits is not None and traits.ndim >= _MATRIX and change > 0.0 and size > 0.0:
-            ratios[Tag("updates", LOG10_RATIO, name)] = math.log10(change / size)
-    return ratios
+    """Of each matrix log10 of the size of its update over its own, where neither is zero."""
+    names = tuple(
+        [
+            name
+            for name in numbers.column("updates", "rms")
+            if (traits := known.get(name)) is not None and traits.ndim >= _MATRIX
+        ]
+    )
+    if not names:
+        return {}
+    changes, sizes = numbers.sizes("updates", "rms", names), numbers.sizes("parameters", "rms", names)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.log10(changes / sizes)
+    are_told = (changes > 0.0) & (sizes > 0.0)
+    return dict(itertools.compress(zip(_ratio_tags(names), ratios.tolist(), strict=True), are_told.tolist()))
+
+
+@functools.lru_cache(maxsize=16)
+def _ratio_tags(names: tuple[str, ...]) -> list[Tag]:
+    """Tags of the ratios of these parameters; the same come again each step."""
+    return [Tag("updates", LOG10_RATIO, name) for name in names]
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
+    """One tuple for all that are equal."""
+    return names

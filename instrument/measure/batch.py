@@ -12,7 +12,7 @@ from instrument.errors import InstrumentError
 from instrument.measure.columns import Sketches
 from instrument.measure.custom_op import measure
 from instrument.measure.device import FLOATS, Devices, edge_for
-from instrument.measure.groups import GROUP, ArrivingGroup, GatheredGroup, Later, small, small_together
+from instrument.measure.groups import GROUP, ArrivingGroup, GatheredGroup, Group, Later, small, small_together
 from instrument.measure.pending import ALONE, Pending, gathered
 from instrument.measure.sketch import Sketch
 from instrument.measure.tensors import PLAIN, readable
@@ -69,7 +69,7 @@ class Column(Sequence["Sketch | Pending | Exception"]):
     def __init__(self) -> None:
         self.items: list[int | Sketch | Pending | Exception] = []
         """The same, of those measured together the number of the group times `GROUP`, and the place in it."""
-        self.groups: list[GatheredGroup] = []
+        self.groups: list[Group] = []
         """Those that are measured together."""
 
     @overload
@@ -84,6 +84,12 @@ class Column(Sequence["Sketch | Pending | Exception"]):
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def add_group(self, group: Group) -> range:
+        """Take a group in; what stands for each of its tensors in `items`, where it is to be put."""
+        first = len(self.groups) * GROUP
+        self.groups.append(group)
+        return range(first, first + len(group))
 
     def failures(self) -> Iterator[tuple[int, Exception]]:
         """Places of the tensors that could not be measured, and why."""
@@ -194,11 +200,8 @@ def _are_taken_together(tensors: Sequence[torch.Tensor], column: Column, sample_
     together = list(itertools.compress(tensors, is_small))
     addresses = list(itertools.compress(addresses, is_small))
     places: list[int] = []
-    for number, group in enumerate(
-        GatheredGroup.of(together, list(filter(None, sizes)), addresses), len(column.groups)
-    ):
-        column.groups.append(group)
-        places += range(number * GROUP, number * GROUP + len(group))
+    for group in GatheredGroup.of(together, list(filter(None, sizes)), addresses):
+        places += column.add_group(group)
     rest = iter(places)
     for tensor, is_one in zip(tensors, is_small, strict=True):
         if is_one:

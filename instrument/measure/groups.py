@@ -33,7 +33,7 @@ from instrument.measure.tensors import PLAIN
 from instrument.measure.units import LateTallies, LateTally, Ranges, Rows, UnitTally
 from instrument.torch_private import Unseen, flattened
 
-__all__ = ["GROUP", "SMALL", "ArrivingGroup", "GatheredGroup", "Group", "Later", "small", "small_together"]
+__all__ = ["GROUP", "SMALL", "ArrivingGroup", "GatheredGroup", "Group", "Later", "cut", "small", "small_together"]
 
 SMALL = 8192
 """Tensors of up to this many elements are measured together; a larger one is cheaper by itself."""
@@ -179,7 +179,7 @@ class Group(abc.ABC):
         try:
             flat, lengths = self._values(), np.array(self._lengths, np.int64)
             self._wanted.make(flat, np.cumsum(lengths) - lengths)
-            return _measured_together(flat, lengths)
+            return self._sketches_of(flat, lengths)
         except Exception as error:
             return error
 
@@ -268,6 +268,10 @@ class Group(abc.ABC):
     def _values(self) -> torch.Tensor:
         """All values, one tensor behind the other."""
 
+    def _sketches_of(self, flat: torch.Tensor, lengths: IntArray) -> Sketches:
+        """The sketches of these values."""
+        return _measured_together(flat, lengths)
+
 
 class GatheredGroup(Group):
     """Tensors that are there at the same time: they are referred to until `copy`, which copies all in one call."""
@@ -282,16 +286,12 @@ class GatheredGroup(Group):
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor], sizes: list[int], addresses: list[int]) -> Iterator[GatheredGroup]:
         """As many groups as it takes for tensors of which `small_together` told sizes and addresses, copied already."""
-        start = size = 0
-        for end, more in enumerate(sizes, 1):
-            size += more
-            if end == len(sizes) or size > BLOCK - SMALL or end - start == GROUP:
-                group, part = cls(), slice(start, end)
-                group._tensors, group._addresses, group._lengths = [*tensors[part]], addresses[part], sizes[part]
-                group._size = size
-                group.copy()
-                yield group
-                start, size = end, 0
+        for part, size in cut(sizes):
+            group = cls()
+            group._tensors, group._addresses, group._lengths = [*tensors[part]], addresses[part], sizes[part]
+            group._size = size
+            group.copy()
+            yield group
 
     def add(self, tensor: torch.Tensor, size: int, address: int) -> int | None:
         """Take a tensor in, of which `small` told size and address; returns its place, None where all is measured."""
@@ -317,6 +317,16 @@ class GatheredGroup(Group):
             self.copy()
         assert self._flat is not None
         return self._flat
+
+
+def cut(sizes: list[int]) -> Iterator[tuple[slice, int]]:
+    """Which of many small tensors make a group, and the elements of that."""
+    start = size = 0
+    for end, more in enumerate(sizes, 1):
+        size += more
+        if end == len(sizes) or size > BLOCK - SMALL or end - start == GROUP:
+            yield slice(start, end), size
+            start, size = end, 0
 
 
 # `ctypes.memmove` itself gives the interpreter lock up, which costs as much as to copy 8 kB, and a wait besides where

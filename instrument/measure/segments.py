@@ -9,6 +9,7 @@ Sums are made in the order in which NumPy adds up one tensor, so that a tensor m
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -17,12 +18,14 @@ import torch
 
 from instrument.measure.columns import Sketches
 from instrument.measure.cpu import BLOCK, count_numbers, measure_exactly
-from instrument.measure.histogram import CODES, SIGN
+from instrument.measure.histogram import CODES, SIGN, FloatArray
 from instrument.measure.sketch import IntArray, Sketch
 
-__all__ = ["sketches_of"]
+__all__ = ["sketches_of", "sketches_of_double"]
 
 _CODE_SHIFT = np.uint32(20)
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _MOST_NUMBERS = 1024
 """Numbered codes beyond which those that no longer occur are given up."""
@@ -74,11 +77,37 @@ def sketches_of(flat: npt.NDArray[np.float32], lengths: IntArray) -> Sketches:
     nothing = np.zeros(lengths.size)
     numbers = np.stack((totals, squares, low, high, lengths, zeros, nothing, nothing, nothing + 1.0), axis=1)
     found = Sketches(occurring, counts, cuts[1:], numbers)
+    return _with_exact(found, is_rare, flat, lengths)
+
+
+def sketches_of_double(flat: FloatArray, lengths: IntArray, single: Sketches) -> Sketches:
+    """The same of float64.
+
+    Args:
+        flat: The values, float64 of shape (n,).
+        lengths: How many of them each tensor has, at least 1.
+        single: The sketches of the same values as float32, whose codes are theirs.
+    """
+    starts = np.cumsum(lengths) - lengths
+    with np.errstate(all="ignore"):  # sums of Inf are NaN, which is not used
+        low, high = np.minimum.reduceat(flat, starts), np.maximum.reduceat(flat, starts)
+        moments = np.add.reduceat(flat, starts), np.add.reduceat(np.square(flat), starts), low, high
+    is_rare = ~((low >= -_FLOAT32_MAX) & (high <= _FLOAT32_MAX))
+    is_rare |= single.column("zero_count") != np.add.reduceat(flat == 0, starts, dtype=np.int64)
+    numbers = np.concatenate((np.stack(moments, axis=1), single.numbers[:, len(moments) :]), axis=1)
+    return _with_exact(dataclasses.replace(single, numbers=numbers), is_rare, flat, lengths)
+
+
+def _with_exact(
+    found: Sketches, is_rare: npt.NDArray[np.bool_], flat: npt.NDArray[np.float32] | FloatArray, lengths: IntArray
+) -> Sketches:
+    """Sketches of which those that hold rare values are made by themselves."""
     if not is_rare.any():
         return found
+    ends = np.cumsum(lengths)
     sketches = list(found)
     for index in is_rare.nonzero()[0].tolist():
-        sketches[index] = Sketch.from_dense(*measure_exactly(flat[starts[index] : ends[index]]))
+        sketches[index] = Sketch.from_dense(*measure_exactly(flat[ends[index] - lengths[index] : ends[index]]))
     return Sketches.of(sketches)
 
 

@@ -25,9 +25,11 @@ from instrument.measure.sketch import Sketch
 from instrument.record.buffer import Buffer, StepRecord
 from instrument.record.ranks.group import position
 from instrument.torch_private import Unseen, version_of, when_backward_ends
+from instrument.watcher.limits import tell_of_limits
 from instrument.watcher.notices import Notices, place_of
 from instrument.watcher.rows import RowTallies
 from instrument.watcher.units import UnitJudge
+from instrument.watcher.updates import Updates
 
 __all__ = ["Collector"]
 
@@ -35,6 +37,9 @@ __all__ = ["Collector"]
 _Remembered: TypeAlias = "tuple[weakref.ref[torch.Tensor], int, Sketch | Pending | ArrivingGroup, int]"
 """A tensor, how often it was changed in place before it was measured, and what `Batch.put` gave for it."""
 
+
+_CHANGE = torch.empty(0, dtype=torch.float64)
+"""A tensor as each change of a parameter is one."""
 
 _first, _second = operator.itemgetter(0), operator.itemgetter(1)
 
@@ -52,6 +57,7 @@ class Collector:
     def __init__(self, model: nn.Module, config: Config, patterns: Patterns, notices: Notices) -> None:
         self.buffer = Buffer(config.history)
         self.parameters = Parameters()
+        self._updates = Updates(self.parameters)
         self._model = weakref.ref(model)
         self._selector = Selector(model, patterns, config.kinds)
         self._kinds = config.kinds
@@ -80,7 +86,7 @@ class Collector:
     @property
     def sites(self) -> tuple[Site, ...]:
         """What is watched; a module with several outputs stands for each of them once it has run."""
-        return tuple(site for base in self._bases() for site in self._outputs.get(base, (base,)))
+        return tuple(site for base in self._selector.sites() for site in self._outputs.get(base, (base,)))
 
     def watched_modules(self) -> list[str]:
         """Names of the modules whose activations are selected."""
@@ -125,13 +131,6 @@ class Collector:
     def encoder_layers(self) -> Iterator[nn.TransformerEncoderLayer]:
         """The transformer encoder layers in the model when it was last looked at."""
         return self._selector.encoder_layers()
-
-    def _bases(self) -> Iterator[Site]:
-        """What is selected; a module stands for all its outputs."""
-        for name in self._selector.module_names:
-            yield from (Site(kind, name) for kind in self._kinds if kind in MODULE_KINDS)
-        for place in self._selector.parameters:
-            yield from (Site(kind, place.name) for kind in self._kinds if kind not in MODULE_KINDS)
 
     def every_parameter(self) -> list[nn.Parameter]:
         """All parameters of the model, selected or not."""
@@ -211,19 +210,7 @@ class Collector:
 
     def tell_of_limits(self) -> None:
         """Say where what is recorded is one part of several, and where a hook costs a fast path."""
-        if isinstance(self._model(), nn.TransformerEncoderLayer):
-            self._notices.say(
-                "a TransformerEncoderLayer that is watched by itself is evaluated by its plain path before sampled "
-                "steps, since its fused one refuses any hook on it; watch the model that it is part of"
-            )
-        if self.shards is None:
-            if position().world > 1:
-                self._notices.say(
-                    "watch() was called before init_process_group(), so every rank measures and writes a run of its "
-                    "own; call it afterwards"
-                )
-        elif self._ranks != "merge":
-            self._notices.sharded(self.shards.sharded(), self.shards.empty(), self._place.rank, self._place.world)
+        tell_of_limits(self._notices, self._model(), self.shards, self._place, self._ranks)
 
     def open(self, step: int) -> None:
         """Begin the record of a step, or go on with it."""
@@ -311,6 +298,19 @@ class Collector:
     def add_gradients(self, pairs: Pairs, scale: torch.Tensor | None) -> None:
         """Measure the gradients of these parameters, which a fused optimizer will divide by a scale itself."""
         self.add(self.parameters.gradients(pairs, scale), scale is not None)
+
+    def remember(self, pairs: Pairs) -> None:
+        """Before a step: keep parameters, to tell what it changes."""
+        self._updates.remember(pairs, are_whole=self.shards is None and not self._notices.faults)
+
+    def add_updates(self, pairs: Pairs) -> None:
+        """Measure what a step has changed of these parameters."""
+        found = self._updates.together(pairs) if not self.sees_capturing() else None
+        if found is not None:
+            sites, column = found
+            self.buffer.note_all(sites, [_CHANGE] * len(sites))
+            self.buffer.add_column(sites, column)
+        self.add(self._updates.alone(pairs), True)
 
     def add_missing(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
         """Measure those tensors into the record that it lacks."""

@@ -175,7 +175,7 @@ class Session:
             self._is_guess = False
             self._running.add(id(optimizer))
             if self.collector.wants_kind("updates"):
-                self.collector.parameters.remember(pairs)
+                self.collector.remember(pairs)
             if not closure:
                 self._take_passes()
                 self.collector.add_gradients(pairs, getattr(optimizer, "grad_scale", None))
@@ -201,7 +201,8 @@ class Session:
                 if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf):
                     self.buffer.skipped = True
                 if not self._running and not self.clock.has_adopted:
-                    self.collector.add(self.collector.parameters.updates(pairs), True)
+                    if self.collector.wants_kind("updates"):
+                        self.collector.add_updates(pairs)
                     self.collector.add(self.collector.parameters.values(pairs))
             self.taps.step_ended()
             self._prepare()

@@ -6,8 +6,11 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from instrument.capture.names import Site
+from instrument.config import Config
 from instrument.diagnose import diagnostics as d
 from instrument.diagnose.findings import Level
 from instrument.diagnose.readings import GLOBAL_L2, SKIPPED, ParameterTraits, Reading
@@ -122,6 +125,23 @@ def test_update_ratios_outside_the_band_are_told(ratio: float, level: Level | No
     assert ask(d.update_ratio, series(values[1:])) == []
     interrupted = [*values[:20], {("updates", "log10_ratio", "fc.weight"): -3.0}, *values[21:]]
     assert ask(d.update_ratio, series(interrupted)) == []
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_update_ratios_are_judged_by_the_last_readings_that_have_them(data: st.DataObject) -> None:
+    """Whichever matrices have a ratio on a reading: those whose last five are all outside are told, and no other."""
+    config = Config(update_ratio_checks=5)
+    ratio = st.sampled_from([-1.0, -1.0, -1.0, -9.0, -9.0, -3.0])
+    row = st.dictionaries(st.sampled_from("abc"), ratio)
+    rows = data.draw(st.lists(row, min_size=1, max_size=12))
+    found = d.update_ratio(series([{("updates", "log10_ratio", k): v for k, v in r.items()} for r in rows]), config)
+    expected = []
+    for name, now in rows[-1].items():
+        recent = [r[name] for r in reversed(rows) if name in r][:5]
+        if len(recent) == 5 and (min(recent) > config.update_ratio_high or max(recent) < config.update_ratio_low):
+            expected.append((name, now))
+    assert [(finding.site and finding.site.name, finding.value) for finding in found] == expected
 
 
 class TestUnits:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from instrument.capture.names import Site
 from instrument.config import Config
 from instrument.diagnose.findings import Finding, Level
-from instrument.diagnose.readings import LOG10_RATIO, Reading
+from instrument.diagnose.readings import Reading
+from instrument.measure.histogram import FloatArray, IntArray
 
 __all__ = ["update_ratio"]
 
@@ -15,16 +19,21 @@ __all__ = ["update_ratio"]
 def update_ratio(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
     """WARN above the band, INFO below it: a matrix changes by too much or too little of itself, step after step."""
     high, low = config.update_ratio_high, config.update_ratio_low
-    for name, ratio in readings[-1].column("updates", LOG10_RATIO).items():
+    names, ratios = readings[-1].ratios
+    if not ((ratios > high) | (ratios < low)).any():
+        return
+    least, most = _extremes(readings, config.update_ratio_checks)
+    for place in np.flatnonzero((least > high) | (most < low)).tolist():
+        name, ratio = names[place], float(ratios[place])
         site = Site("updates", name)
-        if ratio > high and _lasts(readings, name, lambda value: value > high, config.update_ratio_checks):
+        if ratio > high:
             yield Finding(
                 Level.WARN, "update_ratio", site, readings[-1].step, ratio, high, "log10",
                 f"each step changes {name} by {100 * 10**ratio:.2g} % of its size, and has done so for "
                 f"{config.update_ratio_checks} readings; 0.1 % is usual. Lower the learning rate, at least for this "
                 "layer.",
             )  # fmt: skip
-        elif ratio < low and _lasts(readings, name, lambda value: value < low, config.update_ratio_checks):
+        else:
             yield Finding(
                 Level.INFO, "update_ratio", site, readings[-1].step, ratio, low, "log10",
                 f"each step changes {name} by only {100 * 10**ratio:.2g} % of its size, and has done so for "
@@ -33,16 +42,32 @@ def update_ratio(readings: Sequence[Reading], config: Config) -> Iterator[Findin
             )  # fmt: skip
 
 
-def _lasts(readings: Sequence[Reading], name: str, is_outside: Callable[[float], bool], checks: int) -> bool:
-    """Whether the last so many ratios of a parameter lie outside; readings without one are passed over."""
-    count = 0
-    for reading in reversed(readings):
-        ratio = reading.get("updates", LOG10_RATIO, name)
-        if ratio is None:
-            continue
-        if not is_outside(ratio):
-            return False
-        count += 1
-        if count >= checks:
-            return True
-    return False
+def _extremes(readings: Sequence[Reading], checks: int) -> tuple[FloatArray, FloatArray]:
+    """The least and the largest of the last so many ratios of each parameter that has one now.
+
+    Readings without one are passed over. It is NaN where there are fewer in all.
+    """
+    names, _ = readings[-1].ratios
+    table = np.full((len(readings), len(names)), np.nan)
+    for row, reading in enumerate(reversed(readings)):
+        known, found = reading.ratios
+        if known is names:
+            table[row] = found
+        elif known:
+            places, others = _common(names, known)
+            table[row, places] = found[others]
+    is_there = ~np.isnan(table)
+    is_recent = is_there & (np.cumsum(is_there, axis=0) <= checks)
+    least = np.where(is_recent, table, np.inf).min(axis=0)
+    most = np.where(is_recent, table, -np.inf).max(axis=0)
+    are_enough = is_there.sum(axis=0) >= checks
+    return np.where(are_enough, least, np.nan), np.where(are_enough, most, np.nan)
+
+
+@functools.lru_cache(maxsize=256)
+def _common(names: tuple[str, ...], others: tuple[str, ...]) -> tuple[IntArray, IntArray]:
+    """Where the names that both have stand among these, and among the others."""
+    places = {name: place for place, name in enumerate(others)}
+    common = [(place, places[name]) for place, name in enumerate(names) if name in places]
+    found: IntArray = np.array(common, np.intp).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
