@@ -91,6 +91,11 @@ class Column(Sequence["Sketch | Pending | Exception"]):
         self.groups.append(group)
         return range(first, first + len(group))
 
+    @property
+    def held(self) -> int:
+        """Bytes of values that wait to be measured, roughly."""
+        return sum(group.held for group in self.groups)
+
     def failures(self) -> Iterator[tuple[int, Exception]]:
         """Places of the tensors that could not be measured, and why."""
         return ((place, item) for place, item in enumerate(self.items) if isinstance(item, Exception))

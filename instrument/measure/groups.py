@@ -186,6 +186,11 @@ class Group(abc.ABC):
     def __len__(self) -> int:
         return len(self._lengths)
 
+    @property
+    def held(self) -> int:
+        """Bytes of the values that wait to be measured, roughly."""
+        return 4 * self._size if self._found is None else 0
+
     def item(self, place: int) -> Later:
         """What will give the sketch at a place."""
         return Later(self, place)

@@ -46,6 +46,10 @@ class Source(Protocol):
     def item(self, place: int) -> Sketch | Pending:
         """The one at a place."""
 
+    @property
+    def held(self) -> int:
+        """Bytes of values that wait to be measured, roughly."""
+
 
 class Divided:
     """A sketch of values divided by a positive number, of which one or both are not known yet.

@@ -106,6 +106,11 @@ class StepRecord(Mapping[str, Sketch]):
         """All sketches as columns, in the order of the record."""
         return self._sketches.columns()
 
+    @property
+    def held(self) -> int:
+        """Bytes of memory while it waits to be written, roughly."""
+        return self._sketches.held
+
     def pack(self) -> None:
         """Keep the sketches in little memory from now on, here and in every record that shares them."""
         self._sketches.pack()

@@ -24,10 +24,14 @@ from instrument.measure.sketch import Sketch
 from instrument.record.statistics import statistics_of
 from instrument.record.turns import yield_lock
 
-__all__ = ["PART", "SketchStore"]
+__all__ = ["BYTES_PER_SKETCH", "PART", "SketchStore"]
 
 _LEVEL = 1
 """Of `zlib`: the fastest; the next ones are slower by half and save a twentieth."""
+
+BYTES_PER_SKETCH = 1024
+"""Memory of a sketch that waits to be written, roughly, without the values that it is to be made of: the records of 4096
+steps of 16 small tensors took 36 MiB with all that stands around them."""
 
 PART = 128
 """Sketches of a part: whoever reads one unpacks them all."""
@@ -123,6 +127,12 @@ class SketchStore(Mapping[str, "Sketch"]):
         if self._statistics is None:
             self._statistics = statistics_of(self.columns())
         return self._statistics
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory until the sketches are packed, roughly."""
+        loose = self._loose
+        return BYTES_PER_SKETCH * len(self) + (sum(source.held for source in loose[1]) if loose is not None else 0)
 
     def pack(self) -> None:
         """Keep the sketches in little memory from now on; each is unpacked when it is read."""

@@ -24,6 +24,7 @@ from instrument.errors import ConfigError, keep_interrupt, warn_quietly
 from instrument.record.buffer import StepRecord
 from instrument.record.event_file import EventFile
 from instrument.record.losses import Losses
+from instrument.record.packing import BYTES_PER_SKETCH
 from instrument.record.values import histogram_slices, scalar_values
 from instrument.record.wire import ScalarLayout, event_parts, histogram_values
 from instrument.record.worker import Worker
@@ -32,9 +33,6 @@ __all__ = ["ForeignSink", "OwnSink", "RecordSink", "SummaryWriter", "sink_for"]
 
 EXIT_PATIENCE_SECONDS = 60.0
 """How long closing waits for a disk that does not answer."""
-
-BYTES_PER_SKETCH = 4096
-"""Memory of a sketch that waits to be written, roughly."""
 
 TEXT_PLUGIN = "text"
 TEXT_SUFFIX = "/text_summary"
@@ -251,7 +249,7 @@ class OwnSink:
         def build() -> Iterable[Iterable[bytes]]:
             return (event_parts(record.wall_time, record.step, self._values(record, scalars, histograms)),)
 
-        self._writer.add_built(build, BYTES_PER_SKETCH * len(record))
+        self._writer.add_built(build, record.held)
 
     def _values(self, record: StepRecord, scalars: bool, histograms: bool) -> Iterator[bytes]:
         if scalars:
@@ -329,7 +327,7 @@ class ForeignSink:
                             global_step=record.step,
                         )
 
-        self._worker.submit(add, BYTES_PER_SKETCH * len(record))
+        self._worker.submit(add, record.held)
 
     def scalar(self, tag: str, number: float, step: int) -> None:
         """Write a scalar."""

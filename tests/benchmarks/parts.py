@@ -83,6 +83,11 @@ class _Made:
         """All of them."""
         return self._sketches
 
+    @property
+    def held(self) -> int:
+        """None, as it has been measured."""
+        return 0
+
     def item(self, place: int) -> Sketch:
         """The one at a place."""
         return self._sketches[place]

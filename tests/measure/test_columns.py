@@ -129,6 +129,10 @@ def test_a_source_is_asked_once_whatever_stands_beside_its_places() -> None:
         def item(self, place: int) -> Sketch:
             return self.sketches()[place]
 
+        @property
+        def held(self) -> int:
+            return 0
+
     sources = [Counting([1.0, 2.0]), Counting([3.0])]
     found = gathered([1, PLACES, measure(torch.tensor([9.0])), 0], sources)
     assert [sketch.mean for sketch in found] == [2.0, 3.0, 9.0, 1.0]

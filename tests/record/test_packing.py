@@ -136,3 +136,15 @@ def test_a_reader_has_places_and_sources_of_one_time(monkeypatch: pytest.MonkeyP
         assert read(store).mean == 1.0
         monkeypatch.setattr(packing, "_item", item)
         assert [sketch.mean for sketch in store.values()] == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_record_that_waits_counts_the_values_that_it_holds() -> None:
+    """Copies of small tensors, four bytes an element, until they are measured; and something for each sketch."""
+    column = measure_later([torch.ones(100), torch.ones(28)])
+    store = SketchStore({"Gradients/a": 0, "Gradients/b": 1}, [column])
+    record = StepRecord(0, store, 0.0)
+    assert record.held == 2 * packing.BYTES_PER_SKETCH + 4 * 128
+    record.statistics()
+    assert record.held == 2 * packing.BYTES_PER_SKETCH
+    record.pack()
+    assert record.held == 2 * packing.BYTES_PER_SKETCH

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from instrument.errors import RanksError
 from instrument.record.buffer import StepRecord
+from instrument.record.packing import BYTES_PER_SKETCH
 from instrument.record.ranks.group import PATIENCE_SECONDS
 from instrument.record.ranks.merging import RecordMerger
 from instrument.record.worker import Worker
-from instrument.record.writer import BYTES_PER_SKETCH, Built, RecordSink
+from instrument.record.writer import Built, RecordSink
 
 __all__ = ["MergingSink"]
 
@@ -48,7 +49,7 @@ class MergingSink:
 
     def write(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
         """Merge a record and write it; returns at once."""
-        self._worker.submit(lambda: self._write(record, scalars, histograms), BYTES_PER_SKETCH * len(record))
+        self._worker.submit(lambda: self._write(record, scalars, histograms), record.held)
 
     def _write(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
         if self._merger is not None:
