@@ -30,8 +30,8 @@ _LEVEL = 1
 """Of `zlib`: the fastest; the next ones are slower by half and save a twentieth."""
 
 BYTES_PER_SKETCH = 1024
-"""Memory of a sketch that waits to be written, roughly, without the values that it is to be made of: the records of 4096
-steps of 16 small tensors took 36 MiB with all that stands around them."""
+"""Memory of a sketch that waits to be written, roughly, without the values that it is to be made of: the records of
+4096 steps of 16 small tensors took 36 MiB with all that stands around them."""
 
 PART = 128
 """Sketches of a part: whoever reads one unpacks them all."""
