@@ -110,3 +110,18 @@ def test_a_watch_has_the_updates_of_small_parameters(dtype: torch.dtype, tmp_pat
             assert sketch.mean == pytest.approx(change.mean(), rel=1e-12, abs=1e-15)
             assert sketch.rms == pytest.approx(np.sqrt(np.square(change).mean()), rel=1e-12)
         assert record["Updates/2.weight"].zero_count == 4
+
+
+def test_updates_stand_in_the_order_of_the_model(tmp_path: Path) -> None:
+    """Small parameters are measured together and large ones alone, and each record has them as the model does."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, SMALL), nn.Linear(SMALL, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watcher = instrument.watch(model, kinds=["updates", "parameters"], interval=1, logdir=tmp_path, strict=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(4, 2)).sum().backward()
+        optimizer.step()
+    watcher.close()
+    names = [name for name, _ in model.named_parameters()]
+    for record in watcher.history:
+        assert list(record) == [f"{section}/{name}" for section in ("Updates", "Parameters") for name in names]

@@ -6,7 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -601,3 +601,40 @@ def test_a_hook_put_on_a_parameter_after_the_forward_keeps_no_model_alive(tmp_pa
     gc.collect()
     assert alive() is None
     watcher.close()
+
+
+@pytest.mark.parametrize("has_attributes", [False, True])
+def test_the_last_step_of_a_model_that_is_gone_has_the_roots_own_parameters(
+    has_attributes: bool, tmp_path: Path
+) -> None:
+    """Plain attributes on parameters, as trainers put them there, lead nowhere and cost no parameter its last step."""
+
+    class Root(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.part = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.part(super().forward(x))
+            return out
+
+    def training() -> torch.optim.Optimizer:
+        model = Root()
+        if has_attributes:
+            for parameter in model.parameters():
+                cast(Any, parameter).is_tagged = True
+        optimizer = sgd(model)
+        instrument.watch(model, kinds=["parameters"], interval=10, scalar_interval=10, logdir=tmp_path)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(batch(step)).mean().backward()
+            optimizer.step()
+        return optimizer
+
+    optimizer = training()
+    gc.collect()
+    assert optimizer.param_groups
+    histograms, _ = read_back(tmp_path)
+    assert {tag for tag, steps in histograms.items() if 2 in steps} == {
+        f"Parameters/{name}" for name in ("weight", "bias", "part.weight", "part.bias")
+    }

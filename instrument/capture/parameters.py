@@ -54,11 +54,15 @@ class Parameters:
         if entries is self._selected and not self._elsewhere and self._are_kept_as_they_are():
             return
         owners = {id(owner): owner for entry in entries if (owner := entry.owner()) is not None}
-        self._elsewhere = {key for key, owner in owners.items() if _leads_elsewhere(owner)}
-        self._selected = entries
+        elsewhere = {key for key, owner in owners.items() if _leads_elsewhere(owner)}
+        if entries is self._selected and elsewhere == self._elsewhere:  # some may have gone, and are kept
+            own = zip(self._dictionaries(), self._owners, strict=True)
+            self._kept = [found if id(reference()) not in elsewhere else {} for found, reference in own]
+            return
+        self._selected, self._elsewhere = entries, elsewhere
         numbers = {key: number for number, key in enumerate(owners)}
         self._owners = [weakref.ref(owner) for owner in owners.values()]
-        self._kept = [parameters_of(owner) if key not in self._elsewhere else {} for key, owner in owners.items()]
+        self._kept = [parameters_of(owner) if key not in elsewhere else {} for key, owner in owners.items()]
         self._places = [
             (entry.name, numbers[id(owner)], entry.attribute)
             for entry in entries if (owner := entry.owner()) is not None

@@ -58,7 +58,7 @@ class _Standing:
 
     __slots__ = ("active", "step", "undated")
 
-    def __init__(self, undated: list[Finding]) -> None:
+    def __init__(self, undated: tuple[Finding, ...]) -> None:
         self.undated = undated
         self.active: dict[_Seen, Finding] = {}
         self.step = UNDATED

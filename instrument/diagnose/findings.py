@@ -92,16 +92,16 @@ class Standing(Iterable[Finding]):
     """Findings that come again on every step as long as nothing changes; where gradients vanish there are hundreds.
 
     Args:
-        undated: What is found, of step `UNDATED`; the same list as long as the same is found.
+        undated: What is found, of step `UNDATED`; the same tuple as long as the same is found.
         step: The step on which it is.
 
     Example:
-        >>> undated = [Finding(Level.WARN, "no_gradient", None, UNDATED, 0.0, 0.0, "gradient", "nothing learns")]
+        >>> undated = (Finding(Level.WARN, "no_gradient", None, UNDATED, 0.0, 0.0, "gradient", "nothing learns"),)
         >>> [found.step for found in Standing(undated, 7)]
         [7]
     """
 
-    def __init__(self, undated: list[Finding], step: int) -> None:
+    def __init__(self, undated: tuple[Finding, ...], step: int) -> None:
         self.undated = undated
         """The findings, without their step."""
         self.step = step

@@ -148,7 +148,8 @@ class _Columns:
             self._codes[-1] = _encoded((_decoded(self._codes[-1]) * count + np.array(rates)) / (count + 1))
             self._steps[-1].append(step)
         else:
-            self._codes.append(_codes_of(rates))
+            are_alike = rates.count(rates[0]) == len(rates)
+            self._codes.append(_alike(rates[0], len(rates)) if are_alike else _encoded(np.array(rates)))
             self._steps.append([step])
         if len(self._steps) > self._limit:
             self._halve()
@@ -186,10 +187,10 @@ def _encoded(rates: FloatArray) -> npt.NDArray[np.uint8]:
     return coded
 
 
-@functools.lru_cache(maxsize=256)
-def _codes_of(rates: tuple[float, ...]) -> npt.NDArray[np.uint8]:
-    """The same of rates that many modules share, as those do whose gradients have no row of zeros."""
-    codes = _encoded(np.array(rates, np.float64))
+@functools.lru_cache(maxsize=16)
+def _alike(rate: float, units: int) -> npt.NDArray[np.uint8]:
+    """The same of units that all have one rate, as hundreds of modules whose gradients have no row of zeros do."""
+    codes = _encoded(np.full(units, rate))
     codes.flags.writeable = False
     return codes
 

@@ -202,10 +202,11 @@ class Reading:
     def vectors(self) -> frozenset[str]:
         """Names of the parameters that are no matrices: biases, scales of normalisations."""
         global _last_vectors
-        if _last_vectors is None or _last_vectors[0] is not self.parameters:  # most readings share them
+        last = _last_vectors  # another watcher's thread may put its own there
+        if last is None or last[0] is not self.parameters:  # most readings share them
             found = frozenset(name for name, traits in self.parameters.items() if traits.ndim < _MATRIX)
-            _last_vectors = self.parameters, found
-        return _last_vectors[1]
+            last = _last_vectors = self.parameters, found
+        return last[1]
 
     def derived(self) -> dict[Tag, float]:
         """The numbers that the statistics of no single tensor tell; see `DERIVED`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
@@ -40,8 +39,6 @@ _Remembered: TypeAlias = "tuple[weakref.ref[torch.Tensor], int, Sketch | Pending
 
 _CHANGE = torch.empty(0, dtype=torch.float64)
 """A tensor as each change of a parameter is one."""
-
-_first, _second = operator.itemgetter(0), operator.itemgetter(1)
 
 
 class Collector:
@@ -81,6 +78,7 @@ class Collector:
         self._is_end_awaited = False
         self._last: _Remembered | None = None
         self._before: _Remembered | None = None
+        self.encoder_layers = self._selector.encoder_layers
         self.look()
 
     @property
@@ -127,10 +125,6 @@ class Collector:
         if MODULE_KINDS.intersection(self._kinds):
             self.look(for_modules=True)
             yield from self._selector.modules()
-
-    def encoder_layers(self) -> Iterator[nn.TransformerEncoderLayer]:
-        """The transformer encoder layers in the model when it was last looked at."""
-        return self._selector.encoder_layers()
 
     def every_parameter(self) -> list[nn.Parameter]:
         """All parameters of the model, selected or not."""
@@ -238,6 +232,9 @@ class Collector:
             measure_later(wanted, self._sample_above, self._batch.devices, are_made_for_us, column)
         else:
             self._measure_all(tensors, sites, column)
+        self._add_column(sites, column)
+
+    def _add_column(self, sites: list[Site], column: Column) -> None:
         for place, error in column.failures():
             self._cannot(sites[place], error)
         self.buffer.add_column(sites, column)
@@ -248,9 +245,9 @@ class Collector:
         if self._notices.faults or (found and found[0][0].kind not in self._kinds):
             kinds, is_broken = self._kinds, self._notices.is_broken
             found = [pair for pair in found if pair[0].kind in kinds and not is_broken(pair[0])]
-        sites += map(_first, found)
+        sites += [site for site, _ in found]
         with Unseen():
-            self.buffer.note_all(sites, wanted := list(map(_second, found)))
+            self.buffer.note_all(sites, wanted := [tensor for _, tensor in found])
         measure_later(wanted, self._sample_above, self._batch.devices, False, column)
         if found and found[0][0].kind == "gradients":
             try:
@@ -305,12 +302,14 @@ class Collector:
 
     def add_updates(self, pairs: Pairs) -> None:
         """Measure what a step has changed of these parameters."""
-        found = self._updates.together(pairs) if not self.sees_capturing() else None
-        if found is not None:
-            sites, column = found
-            self.buffer.note_all(sites, [_CHANGE] * len(sites))
-            self.buffer.add_column(sites, column)
-        self.add(self._updates.alone(pairs), True)
+        found, alone = self._updates.together(pairs), self._updates.alone(pairs)
+        if found is None or self.sees_capturing():
+            self.add(alone, True)
+            return
+        sites, column = found
+        self.buffer.note_all(sites, [_CHANGE] * len(sites))
+        measure_later(self._wanted(alone, sites, column), self._sample_above, self._batch.devices, True, column)
+        self._add_column(self._updates.in_order(pairs, sites, column), column)
 
     def add_missing(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
         """Measure those tensors into the record that it lacks."""

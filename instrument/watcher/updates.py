@@ -78,6 +78,14 @@ class Updates:
                 *before[2:], *after[2:], after.sizes
             )
 
+    @staticmethod
+    def in_order(pairs: Pairs, sites: list[Site], column: Column) -> list[Site]:
+        """Have sites, and what was found of each, in the order of the parameters; the sites as they are then."""
+        places = {name: place for place, (name, _) in enumerate(pairs)}
+        order = sorted(range(len(sites)), key=lambda place: places[sites[place].name])
+        column.items[:] = [column.items[place] for place in order]
+        return [sites[place] for place in order]
+
     def alone(self, pairs: Pairs) -> Iterator[tuple[Site, torch.Tensor]]:
         """What a step has changed of all others; see `Parameters.updates`."""
         return self._parameters.updates(pairs)

@@ -33,9 +33,9 @@ def no_gradient(readings: Sequence[Reading], config: Config) -> Standing:
 
 
 @functools.lru_cache(maxsize=16)
-def _without_gradients(names: tuple[str, ...], are_there: tuple[bool, ...], readings: int) -> list[Finding]:
+def _without_gradients(names: tuple[str, ...], are_there: tuple[bool, ...], readings: int) -> tuple[Finding, ...]:
     """What is said of parameters; it comes again each step, and where gradients vanish there are hundreds of them."""
-    return [_without_gradient(name, is_there, readings) for name, is_there in zip(names, are_there, strict=True)]
+    return tuple([_without_gradient(*each, readings) for each in zip(names, are_there, strict=True)])
 
 
 def _without_gradient(name: str, is_there: bool, readings: int) -> Finding:

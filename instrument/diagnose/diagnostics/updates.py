@@ -45,18 +45,18 @@ def update_ratio(readings: Sequence[Reading], config: Config) -> Iterator[Findin
 def _extremes(readings: Sequence[Reading], checks: int) -> tuple[FloatArray, FloatArray]:
     """The least and the largest of the last so many ratios of each parameter that has one now.
 
-    Readings without one are passed over. It is NaN where there are fewer in all.
+    Readings without one are passed over. It is NaN where there are fewer in all, or one is.
     """
     names, _ = readings[-1].ratios
-    table = np.full((len(readings), len(names)), np.nan)
+    table = np.zeros((len(readings), len(names)))
+    is_there = np.zeros(table.shape, np.bool_)
     for row, reading in enumerate(reversed(readings)):
         known, found = reading.ratios
         if known is names:
-            table[row] = found
+            table[row], is_there[row] = found, True
         elif known:
             places, others = _common(names, known)
-            table[row, places] = found[others]
-    is_there = ~np.isnan(table)
+            table[row, places], is_there[row, places] = found[others], True
     is_recent = is_there & (np.cumsum(is_there, axis=0) <= checks)
     least = np.where(is_recent, table, np.inf).min(axis=0)
     most = np.where(is_recent, table, -np.inf).max(axis=0)
