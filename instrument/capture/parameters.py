@@ -55,18 +55,16 @@ class Parameters:
             return
         owners = {id(owner): owner for entry in entries if (owner := entry.owner()) is not None}
         elsewhere = {key for key, owner in owners.items() if _leads_elsewhere(owner)}
-        if entries is self._selected and elsewhere == self._elsewhere:  # some may have gone, and are kept
-            own = zip(self._dictionaries(), self._owners, strict=True)
-            self._kept = [found if id(reference()) not in elsewhere else {} for found, reference in own]
-            return
-        self._selected, self._elsewhere = entries, elsewhere
-        numbers = {key: number for number, key in enumerate(owners)}
-        self._owners = [weakref.ref(owner) for owner in owners.values()]
-        self._kept = [parameters_of(owner) if key not in elsewhere else {} for key, owner in owners.items()]
-        self._places = [
-            (entry.name, numbers[id(owner)], entry.attribute)
-            for entry in entries if (owner := entry.owner()) is not None
-        ]  # fmt: skip
+        if entries is not self._selected or elsewhere != self._elsewhere:
+            self._selected, self._elsewhere = entries, elsewhere
+            numbers = {key: number for number, key in enumerate(owners)}
+            self._owners, self._kept = [weakref.ref(owner) for owner in owners.values()], [{} for _ in owners]
+            self._places = [
+                (entry.name, numbers[id(owner)], entry.attribute)
+                for entry in entries if (owner := entry.owner()) is not None
+            ]  # fmt: skip
+        own = zip(self._dictionaries(), self._owners, strict=True)
+        self._kept = [found if id(reference()) not in elsewhere else {} for found, reference in own]
 
     def _are_kept_as_they_are(self) -> bool:
         """Whether the dictionaries kept are those of the owners, and nothing hangs on any parameter in them."""

@@ -296,8 +296,8 @@ class Doctor:
             What is active by that.
         """
         known = self._standing.get(name)
-        is_known = known is not None and known.undated is found.undated
-        if known is None or not is_known or found.step - known.step > self._config.finding_cooldown:
+        cooldown = self._config.finding_cooldown
+        if known is None or known.undated is not found.undated or found.step - known.step > cooldown:
             known = self._standing[name] = _Standing(found.undated)
             for undated in found.undated:
                 seen, is_new = self._see(finding := undated.on(found.step), is_once=False)

@@ -32,6 +32,10 @@ class Level(enum.IntEnum):
         return self.name
 
 
+UNDATED = -1
+"""Stands where the step of a finding stands, before it has one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """One diagnosis: what was found where, since when, and what to try.
@@ -109,7 +113,3 @@ class Standing(Iterable[Finding]):
 
     def __iter__(self) -> Iterator[Finding]:
         return (finding.on(self.step) for finding in self.undated)
-
-
-UNDATED = -1
-"""Stands where the step of a finding stands, before it has one."""

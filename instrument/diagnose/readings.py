@@ -198,15 +198,10 @@ class Reading:
         column = self.column("updates", LOG10_RATIO)
         return _shared(tuple(column)), np.array(list(column.values()), np.float64)
 
-    @property
+    @functools.cached_property
     def vectors(self) -> frozenset[str]:
         """Names of the parameters that are no matrices: biases, scales of normalisations."""
-        global _last_vectors
-        last = _last_vectors  # another watcher's thread may put its own there
-        if last is None or last[0] is not self.parameters:  # most readings share them
-            found = frozenset(name for name, traits in self.parameters.items() if traits.ndim < _MATRIX)
-            last = _last_vectors = self.parameters, found
-        return last[1]
+        return frozenset([name for name, traits in self.parameters.items() if traits.ndim < _MATRIX])
 
     def derived(self) -> dict[Tag, float]:
         """The numbers that the statistics of no single tensor tell; see `DERIVED`."""
@@ -264,7 +259,6 @@ class _Known(NamedTuple):
 
 
 _last_known: _Known | None = None
-_last_vectors: tuple[Mapping[str, ParameterTraits], frozenset[str]] | None = None
 
 
 def _about(traits: Mapping[str, Traits]) -> tuple[dict[str, ParameterTraits], list[str]]:

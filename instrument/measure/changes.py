@@ -9,13 +9,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from instrument.measure import native
 from instrument.measure.batch import Column
 from instrument.measure.columns import Sketches
-from instrument.measure.cpu import copy_flat
+from instrument.measure.cpu import as_single
 from instrument.measure.groups import Group, cut
 from instrument.measure.histogram import IntArray
-from instrument.measure.segments import sketches_of, sketches_of_double
+from instrument.measure.segments import sketches_of_double
 
 __all__ = ["measure_changes"]
 
@@ -56,7 +55,7 @@ class _Changes(Group):
         self._lengths, self._size, self.is_full = sizes, len(before), True
 
     def _values(self) -> torch.Tensor:
-        before, after = (_single(values).numpy() for values in (self._before, self._after))
+        before, after = (as_single(values).numpy() for values in (self._before, self._after))
         del self._after, self._before
         with np.errstate(invalid="ignore"):  # between one infinity and the same there is no number
             return torch.from_numpy(np.subtract(after, before, dtype=np.float64))
@@ -65,18 +64,4 @@ class _Changes(Group):
         exact = flat.numpy()
         with np.errstate(over="ignore"):  # what no float32 holds is looked at by itself
             single = torch.from_numpy(exact.astype(np.float32))
-        measured = native.sketches_of if native.can_measure(single) else _by_numpy
-        return sketches_of_double(exact, lengths, measured(single, lengths))
-
-
-def _single(values: torch.Tensor) -> torch.Tensor:
-    """Values as float32, without waking torch's threads."""
-    if values.dtype is torch.float32:
-        return values
-    single = torch.empty(values.shape, dtype=torch.float32)
-    copy_flat(values, single)
-    return single
-
-
-def _by_numpy(single: torch.Tensor, lengths: IntArray) -> Sketches:
-    return sketches_of(single.numpy(), lengths)
+        return sketches_of_double(exact, lengths, super()._sketches_of(single, lengths))

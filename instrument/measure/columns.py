@@ -107,8 +107,6 @@ class Sketches:
 
     def take(self, places: IntArray) -> Sketches:
         """Those at places, in their order."""
-        if not len(places):
-            return self.part(0, 0)
         runs = runs_of(places)
         if runs is not None:
             return Sketches.joined([self.part(first, end) for first, end in runs])
@@ -132,7 +130,7 @@ _LEAST_RUN = 16
 
 
 def runs_of(places: IntArray) -> list[tuple[int, int]] | None:
-    """Places that follow each other, as first ones and ends; None where runs are short, one at least."""
+    """Places that follow each other, as first ones and ends; None where such runs are short."""
     if not len(places):
         return []
     breaks = np.flatnonzero(np.diff(places) != 1) + 1

@@ -39,7 +39,7 @@ from instrument.measure.narrow import MANY, NARROW, measure_patterns
 from instrument.measure.sketch import CODES, FloatArray, IntArray, Sketch, empty_moments
 from instrument.measure.tensors import Values, chunks, in_memory_order
 
-__all__ = ["BLOCK", "accumulate_cpu", "copy_flat", "count_numbers", "measure_cpu", "measure_exactly"]
+__all__ = ["BLOCK", "FLOAT32_MAX", "accumulate_cpu", "as_single", "count_numbers", "measure_cpu", "measure_exactly"]
 
 BLOCK = 131_072
 """Elements in a block."""
@@ -66,7 +66,7 @@ _WIDE = frozenset(
 _QUIET = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.uint8, torch.int8, torch.int16))
 """Types whose sums and casts cannot overflow, so that NumPy has nothing to warn of; silencing it takes 1.5 us."""
 
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 _NAN_CODE, _POSITIVE_INF_CODE, _NEGATIVE_INF_CODE = 0x7FC, 0x7F8, 0xFF8
 _SIGN = 2048
 
@@ -191,7 +191,7 @@ def _measure_floats(single: _Float32Array, exact: _Float32Array | FloatArray, st
     if exact is single and native.is_there():
         return *native.counts_of_array(single, stride), False
     low, high = float(np.minimum.reduce(exact)), float(np.maximum.reduce(exact))
-    if not (low >= -_FLOAT32_MAX and high <= _FLOAT32_MAX):  # false for NaN too
+    if not (low >= -FLOAT32_MAX and high <= FLOAT32_MAX):  # false for NaN too
         return measure_exactly(exact)
     sample = exact[::stride]
     counts = _count_codes(single if stride == 1 else np.ascontiguousarray(single[::stride]))
@@ -242,14 +242,14 @@ def _as_floats(piece: torch.Tensor) -> tuple[_Float32Array, _Float32Array | Floa
     single = _scratch.float32_array[:size]
     if piece.dtype in _WIDE:
         double = _scratch.float64_array[:size]
-        copy_flat(piece, _scratch.float64[:size])
+        _copy_flat(piece, _scratch.float64[:size])
         np.copyto(single, double, casting="same_kind")
         return single, double
-    copy_flat(piece, _scratch.float32[:size])
+    _copy_flat(piece, _scratch.float32[:size])
     return single, single
 
 
-def copy_flat(piece: torch.Tensor, flat: torch.Tensor) -> None:
+def _copy_flat(piece: torch.Tensor, flat: torch.Tensor) -> None:
     """Copy a piece without waking torch's threads.
 
     Args:
@@ -261,6 +261,15 @@ def copy_flat(piece: torch.Tensor, flat: torch.Tensor) -> None:
         return
     for start in range(0, flat.numel(), GRAIN - 1):
         flat[start : start + GRAIN - 1].copy_(piece[start : start + GRAIN - 1])
+
+
+def as_single(flat: torch.Tensor) -> torch.Tensor:
+    """Values of shape (n,) as float32, themselves where they are; without waking torch's threads."""
+    if flat.dtype is torch.float32:
+        return flat
+    single = torch.empty(flat.shape, dtype=torch.float32)
+    _copy_flat(flat, single)
+    return single
 
 
 def count_numbers(numbers: torch.Tensor, length: int) -> IntArray:
@@ -300,7 +309,7 @@ def measure_exactly(exact: _Float32Array | FloatArray) -> _Measured:
     with np.errstate(all="ignore"):
         values = exact.astype(np.float64)
         finite = values[np.isfinite(values)]
-        single = np.clip(finite, -_FLOAT32_MAX, _FLOAT32_MAX).astype(np.float32)
+        single = np.clip(finite, -FLOAT32_MAX, FLOAT32_MAX).astype(np.float32)
         counts = np.bincount(pure_codes(single, finite), minlength=CODES)
         counts[_NAN_CODE] += np.count_nonzero(np.isnan(values))
         counts[_POSITIVE_INF_CODE] += np.count_nonzero(values == math.inf)

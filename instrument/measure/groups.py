@@ -24,7 +24,7 @@ import torch
 
 from instrument.measure import native
 from instrument.measure.columns import Sketches
-from instrument.measure.cpu import BLOCK, copy_flat
+from instrument.measure.cpu import BLOCK, as_single
 from instrument.measure.histogram import IntArray
 from instrument.measure.segments import sketches_of
 from instrument.measure.sketch import Sketch
@@ -384,8 +384,4 @@ def _measured_together(flat: torch.Tensor, lengths: IntArray) -> Sketches:
     """Sketches of values that stand one tensor behind the other."""
     if native.can_measure(flat):
         return native.sketches_of(flat, lengths)
-    single = flat
-    if flat.dtype is not torch.float32:
-        single = torch.empty(flat.shape, dtype=torch.float32)
-        copy_flat(flat, single)
-    return sketches_of(single.numpy(), lengths)
+    return sketches_of(as_single(flat).numpy(), lengths)

@@ -17,15 +17,13 @@ import numpy.typing as npt
 import torch
 
 from instrument.measure.columns import Sketches
-from instrument.measure.cpu import BLOCK, count_numbers, measure_exactly
+from instrument.measure.cpu import BLOCK, FLOAT32_MAX, count_numbers, measure_exactly
 from instrument.measure.histogram import CODES, SIGN, FloatArray
 from instrument.measure.sketch import IntArray, Sketch
 
 __all__ = ["sketches_of", "sketches_of_double"]
 
 _CODE_SHIFT = np.uint32(20)
-
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _MOST_NUMBERS = 1024
 """Numbered codes beyond which those that no longer occur are given up."""
@@ -92,7 +90,7 @@ def sketches_of_double(flat: FloatArray, lengths: IntArray, single: Sketches) ->
     with np.errstate(all="ignore"):  # sums of Inf are NaN, which is not used
         low, high = np.minimum.reduceat(flat, starts), np.maximum.reduceat(flat, starts)
         moments = np.add.reduceat(flat, starts), np.add.reduceat(np.square(flat), starts), low, high
-    is_rare = ~((low >= -_FLOAT32_MAX) & (high <= _FLOAT32_MAX))
+    is_rare = ~((low >= -FLOAT32_MAX) & (high <= FLOAT32_MAX))
     is_rare |= single.column("zero_count") != np.add.reduceat(flat == 0, starts, dtype=np.int64)
     numbers = np.concatenate((np.stack(moments, axis=1), single.numbers[:, len(moments) :]), axis=1)
     return _with_exact(dataclasses.replace(single, numbers=numbers), is_rare, flat, lengths)

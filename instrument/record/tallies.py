@@ -13,14 +13,14 @@ from instrument.measure.histogram import IntArray
 from instrument.measure.pending import PLACES, Source
 from instrument.measure.units import DeviceTally, LateTally, Ranges, Rows, UnitTally, merge_tallies
 
-__all__ = ["NO_UNITS", "Tallies", "Tally", "Together", "group_at"]
+__all__ = ["NO_UNITS", "SideBySide", "Tallies", "Tally", "group_at"]
 
 Tally: TypeAlias = "UnitTally | DeviceTally | LateTally"
 
 NO_UNITS: Mapping[str, UnitTally] = MappingProxyType({})
 
 
-class Together(NamedTuple):
+class SideBySide(NamedTuple):
     """Tallies that stand side by side: names, and what was seen of them on as many samples each."""
 
     ranges: list[tuple[tuple[str, ...], Ranges]]
@@ -58,7 +58,7 @@ class Tallies(Mapping[str, UnitTally]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def together(self) -> Together:
+    def together(self) -> SideBySide:
         """Those that were made together and are followed together."""
         names, parts = list(self._parts), list(self._parts.values())
         if not set(map(type, parts)) <= {int}:
@@ -74,7 +74,7 @@ class Tallies(Mapping[str, UnitTally]):
                 (range_places, seen), (row_places, uniform) = group_at(source * PLACES, self._sources).together(wanted)
                 ranges.append((of_source[range_places], seen))
                 rows.append((of_source[row_places], uniform))
-        return Together(
+        return SideBySide(
             [(_named(names, places), seen) for places, seen in _by_samples(ranges, Ranges)],
             [(_named(names, places), seen) for places, seen in _by_samples(rows, Rows)],
         )

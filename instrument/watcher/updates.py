@@ -23,13 +23,17 @@ __all__ = ["Updates"]
 
 
 class _Values(NamedTuple):
-    """Values of small parameters as they were before a step."""
+    """Values of small parameters at one time."""
 
     names: list[str]
     sizes: list[int]
     """Elements of each."""
     flat: torch.Tensor
     """The values, one parameter behind the other."""
+
+    def fits(self, other: _Values) -> bool:
+        """Whether others are of the same parameters, of the same size and type."""
+        return self[:2] == other[:2] and self.flat.dtype is other.flat.dtype
 
 
 class Updates:
@@ -64,19 +68,15 @@ class Updates:
         Returns:
             Sites, and what will give the sketch of each.
         """
-        before, after = self._before, None
-        if before is not None:
-            after = _values_of(pairs)
-            if after is None or after[:2] != before[:2] or after.flat.dtype is not before.flat.dtype:
-                self._part_with()
-                after = None
-        self._before = None
-        if before is None or after is None:
+        before = self._before
+        after = _values_of(pairs) if before is not None else None
+        if before is None or after is None or not after.fits(before):
+            self._part_with()
             return None
+        self._before = None
+        sites = [site_of("updates", name) for name in after.names]
         with Unseen():
-            return [site_of("updates", name) for name in after.names], measure_changes(
-                *before[2:], *after[2:], after.sizes
-            )
+            return sites, measure_changes(before.flat, after.flat, after.sizes)
 
     @staticmethod
     def in_order(pairs: Pairs, sites: list[Site], column: Column) -> list[Site]:

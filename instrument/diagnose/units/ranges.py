@@ -90,23 +90,13 @@ class RangeWindow:
 
     def statuses(self) -> dict[str, UnitStatus]:
         """What is known of the units of each module; see `Window.status`."""
-        evidence, is_whole = self._parts.all, self._parts.is_window
-        spans = [span.ranges for span in evidence]
-        samples, batches = sum(span.samples for span in evidence), sum(span.batches for span in evidence)
-        squares = sum(span.square_mean * span.samples for span in spans) / samples
+        alike = self._parts.status
+        spans = [span.ranges for span in self._parts.all]
+        squares = sum(span.square_mean * span.samples for span in spans) / alike.samples
         constant = np.zeros(spans[0].low.size, np.bool_)
-        if is_whole:
+        if self._parts.is_window:
             low, high = (np.minimum.reduce([s.low for s in spans]), np.maximum.reduce([s.high for s in spans]))
             constant = is_constant(low, high, np.repeat(squares, self._pattern.units))
-        alike = UnitStatus(
-            "",
-            samples=samples,
-            batches=batches,
-            rate_bound=min(1.0, 3 / samples),
-            verdict="ok" if is_whole else "watching",
-            first_step=evidence[0].first_step,
-            last_step=evidence[-1].last_step,
-        )
         found = {
             name: alike.but(name=name, units=units)
             for name, units in zip(self.names, self._pattern.units.tolist(), strict=True)

@@ -72,19 +72,8 @@ class RowWindow:
 
     def statuses(self) -> dict[str, UnitStatus]:
         """What is known of the units behind each gradient, by the name of the parameter; see `Window.status`."""
-        alike = UnitStatus("", witness="gradient rows")
-        evidence = self._parts.all
-        if evidence:
-            samples = sum(span.samples for span in evidence)
-            alike = alike.but(
-                samples=samples,
-                batches=sum(span.batches for span in evidence),
-                rate_bound=min(1.0, 3 / samples),
-                verdict="ok" if self._parts.is_window else "watching",
-                first_step=evidence[0].first_step,
-                last_step=evidence[-1].last_step,
-            )
-        rates = {rows: (1.0,) * rows if evidence else () for rows in self.rows.values()}
+        alike = self._parts.status.but(witness="gradient rows")
+        rates = {rows: (1.0,) * rows if alike.samples else () for rows in self.rows.values()}
         return {
             name: alike.but(name=name.rpartition(".")[0], units=rows, rate=rates[rows])
             for name, rows in self.rows.items()

@@ -95,6 +95,8 @@ class Span:
 class _Steps(Protocol):
     """Some steps."""
 
+    first_step: int
+    last_step: int
     samples: int
     batches: int
 
@@ -110,11 +112,12 @@ class Parts(Generic[_S]):
         config: The settings: how many samples and batches make a window.
     """
 
-    __slots__ = ("_config", "_full", "completed", "filling")
+    __slots__ = ("_config", "completed", "filling", "full")
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._full: list[_S] = []
+        self.full: list[_S] = []
+        """The last full parts, `PARTS` at most."""
         self.filling: _S | None = None
         """The part that fills."""
         self.completed = 0
@@ -125,25 +128,37 @@ class Parts(Generic[_S]):
         self.filling = steps
         if not self._has_share(PARTS * steps.samples, PARTS * steps.batches):
             return False
-        self._full = [*self._full[1 - PARTS :], steps]
+        self.full = [*self.full[1 - PARTS :], steps]
         self.filling = None
         self.completed += 1
         return True
 
     @property
-    def full(self) -> list[_S]:
-        """The last full parts, `PARTS` at most."""
-        return self._full
-
-    @property
     def all(self) -> list[_S]:
         """All parts, the one that fills included."""
-        return [*self._full, self.filling] if self.filling is not None else self._full
+        return [*self.full, self.filling] if self.filling is not None else self.full
 
     @property
     def is_window(self) -> bool:
         """Whether a whole window has been seen."""
         return self._has_share(sum(part.samples for part in self.all), sum(part.batches for part in self.all))
+
+    @property
+    def status(self) -> UnitStatus:
+        """What the evidence tells by its size alone, of a module without a name: of units that nothing is said of."""
+        evidence = self.all
+        if not evidence:
+            return UnitStatus("")
+        samples = sum(part.samples for part in evidence)
+        return UnitStatus(
+            "",
+            samples=samples,
+            batches=sum(part.batches for part in evidence),
+            rate_bound=min(1.0, 3 / samples),
+            verdict="ok" if self.is_window else "watching",
+            first_step=evidence[0].first_step,
+            last_step=evidence[-1].last_step,
+        )
 
     def _has_share(self, samples: int, batches: int) -> bool:
         return samples >= self._config.dead_window_samples and batches >= self._config.dead_window_batches
@@ -151,7 +166,7 @@ class Parts(Generic[_S]):
     def each(self, change: Callable[[_S], _Other]) -> Parts[_Other]:
         """The same with something else for each part."""
         changed: Parts[_Other] = Parts(self._config)
-        changed._full = [change(part) for part in self._full]
+        changed.full = [change(part) for part in self.full]
         changed.filling = change(self.filling) if self.filling is not None else None
         changed.completed = self.completed
         return changed
@@ -205,18 +220,12 @@ class Window:
         if not evidence:
             return UnitStatus(name, self.pattern.function, self.pattern.units, witness=self.pattern.witness)
         tally = merge_tallies(span.tally for span in evidence)
-        status = UnitStatus(
-            name,
-            tally.function,
-            tally.units,
+        status = self.parts.status.but(
+            name=name,
+            function=tally.function,
+            units=tally.units,
             saturated=_shares(tally.flat, tally.counted) if tally.function is not None else (),
             rate=_rates(self.interval.tally) if self.interval is not None else (),
-            samples=tally.samples,
-            batches=tally.batches,
-            rate_bound=min(1.0, 3 / tally.samples),
-            verdict="watching",
-            first_step=evidence[0].first_step,
-            last_step=evidence[-1].last_step,
             windows=self.dead_windows,
             saturated_windows=self.saturated_windows,
             births=self.births,

@@ -8,7 +8,7 @@ a unit that was silent on n samples fires, with 95 % confidence, on less than 3/
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from instrument.config import Config
 from instrument.diagnose.units.ranges import RangeWindow
@@ -16,7 +16,6 @@ from instrument.diagnose.units.rows import RowWindow
 from instrument.diagnose.units.status import UnitStatus
 from instrument.diagnose.units.window import Window
 from instrument.errors import warn_quietly
-from instrument.measure.histogram import IntArray
 from instrument.measure.units import UnitTally
 from instrument.record.buffer import StepRecord
 from instrument.record.tallies import Tallies
@@ -90,17 +89,20 @@ class UnitWindows:
             window.add(record.step, ranges)
             added.update(names)
         for names, rows in found.rows:
-            added.update(self._add_rows(record.step, dict(zip(names, rows.units.tolist(), strict=True)), rows.samples))
+            counts = dict(zip(names, rows.units.tolist(), strict=True))
+            added.update(self._add_rows(record.step, counts, int(rows.samples[0])))
         return added
 
-    def _add_rows(self, step: int, rows: dict[str, int], samples: IntArray) -> Iterator[str]:
+    def _add_rows(self, step: int, rows: dict[str, int], samples: int) -> Collection[str]:
         """Add gradients of which no row is zero, or of zeros alone, where samples are 0; those added."""
-        known: dict[RowWindow, dict[str, int]] = {}
-        new = {}
         usual = self._windows.get(next(iter(rows)))
         if isinstance(usual, RowWindow) and usual.rows == rows:
-            known[usual] = rows
-        for name, count in rows.items() if not known else ():
+            if samples:
+                usual.add(step, samples)
+            return rows
+        known: dict[RowWindow, dict[str, int]] = {}
+        new = {}
+        for name, count in rows.items():
             window = self._windows.get(name)
             if window is None and name not in self._left_out:
                 new[name] = count
@@ -110,19 +112,19 @@ class UnitWindows:
             window = RowWindow(new, self._config)
             self._windows.update(dict.fromkeys(new, window))
             known[window] = new
-        if not samples[0]:  # which says nothing, however each is followed
-            yield from rows
-            return
+        if not samples:  # which says nothing, however each is followed
+            return rows
+        added: set[str] = set()
         for window, own in known.items():
-            staying = own.keys() if own == window.rows else {n for n, count in own.items() if window.rows[n] == count}
+            staying = {name for name, count in own.items() if window.rows[name] == count}
             others = window.rows.keys() - staying
             if len(others) > len(staying):
                 self._separate(window, staying)
                 continue
-            if others:
-                self._separate(window, others)
-            window.add(step, int(samples[0]))
-            yield from staying
+            self._separate(window, others)
+            window.add(step, samples)
+            added |= staying
+        return added
 
     def _separate(self, together: RangeWindow | RowWindow, names: Collection[str]) -> dict[str, Window]:
         """Follow these one by one from now on, since they were not alike on a step; the windows of those that left."""
