@@ -11,11 +11,11 @@ import torch
 from instrument.errors import InstrumentError
 from instrument.measure.columns import Sketches
 from instrument.measure.custom_op import measure
-from instrument.measure.device import FLOATS, Devices, edge_for
+from instrument.measure.device import Devices, edge_for, is_plain
 from instrument.measure.groups import GROUP, ArrivingGroup, GatheredGroup, Group, Later, small, small_together
 from instrument.measure.pending import ALONE, Pending, gathered
 from instrument.measure.sketch import Sketch
-from instrument.measure.tensors import PLAIN, readable
+from instrument.measure.tensors import readable
 from instrument.torch_private import Unseen, can_hide, is_asked_unseen
 
 __all__ = ["Batch", "Column", "measure_later", "measure_many"]
@@ -221,18 +221,7 @@ def _are_taken_together(tensors: Sequence[torch.Tensor], column: Column, sample_
 
 def _is_launched_with_others(tensor: torch.Tensor) -> bool:
     """Whether a tensor on a GPU is measured by one launch together with others."""
-    return (
-        type(tensor) in PLAIN
-        and edge_for(tensor.device) is not None
-        and tensor.dtype in FLOATS
-        and tensor.layout is torch.strided
-        and tensor.numel() > 0
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-        and not tensor.is_nested
-        and tensor.data_ptr() != 0  # its storage is freed
-        and can_hide()
-    )
+    return is_plain(tensor) and can_hide()
 
 
 class _Waiting:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
-__all__ = ["DEAD_SLOPE", "FLAT_SLOPE", "Slopes", "Tails", "slopes_named", "slopes_of"]
+__all__ = ["DEAD_SLOPE", "FLAT_SLOPE", "NO_TAILS", "Slopes", "Tails", "slopes_named", "slopes_of"]
 
 FLAT_SLOPE = 0.05
 """Slope below which a sample is flat, for the share of saturated samples. Karpathy's |tanh| > 0.975."""
@@ -47,6 +47,7 @@ class Tails(NamedTuple):
 
 
 NO_TAILS = Tails(-math.inf, math.inf)
+"""Of a function that is flat nowhere."""
 
 
 @dataclasses.dataclass(frozen=True)

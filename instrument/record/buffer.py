@@ -260,7 +260,7 @@ class Buffer:
                 found.append(0)
             else:
                 tallies = parts if isinstance(parts, list) else (parts,)
-                found.append(sum(tally.samples for tally in tallies if not isinstance(tally, DeviceTally)))
+                found.append(sum(tally.samples for tally in tallies))
         return found
 
     def note(self, site: Site, tensor: torch.Tensor) -> None:

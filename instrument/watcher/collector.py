@@ -65,14 +65,14 @@ class Collector:
         self._place = position()
         self.shards = Shards() if self._place.world > 1 else None
         """What of each tensor lies on this rank; None where there is one rank alone."""
-        self.units = UnitJudge(config.functions, self.wants, notices.say, self._copied)
-        self._rows = RowTallies(self.units, self.buffer, notices)
+        self._batch = Batch(config.histogram_sample_above)
+        self.units = UnitJudge(config.functions, self.wants, notices.say, self._copied, self._batch.devices)
+        self._rows = RowTallies(self.units, self.buffer, notices, self._batch.devices)
         self._samples = 0
         self._has_seen_capturing = False
         self._sample_above = config.histogram_sample_above
         self._wanted_sites: dict[Site, bool] = {}
         self._faults = 0
-        self._batch = Batch(self._sample_above)
         self._kept: dict[Site, Sketch | Pending] = {}
         self._kept_for: int | None = None
         self._is_end_awaited = False

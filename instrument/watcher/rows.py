@@ -8,7 +8,9 @@ import torch
 
 from instrument.capture.names import Site
 from instrument.measure.batch import Column
+from instrument.measure.device import Devices
 from instrument.measure.groups import GROUP
+from instrument.measure.units import rows_together
 from instrument.record.buffer import Buffer
 from instrument.torch_private import Unseen
 from instrument.watcher.notices import Notices
@@ -27,12 +29,14 @@ class RowTallies:
         judge: Knows whose rows tell something.
         buffer: Where tallies are added.
         notices: Told of faults.
+        devices: What tallies of gradients on other devices travel to the host with.
     """
 
-    def __init__(self, judge: UnitJudge, buffer: Buffer, notices: Notices) -> None:
+    def __init__(self, judge: UnitJudge, buffer: Buffer, notices: Notices, devices: Devices) -> None:
         self._judge = judge
         self._buffer = buffer
         self._notices = notices
+        self._devices = devices
         self._known: tuple[tuple[int, int, int], list[Site], list[tuple[int, str, bool]]] | None = None
 
     def add(
@@ -47,6 +51,7 @@ class RowTallies:
             first: The place of the first of them in the column.
         """
         groups: dict[int, tuple[list[str], list[int], list[int], list[int]]] = {}
+        away: dict[tuple[torch.device, torch.dtype], tuple[list[str], list[torch.Tensor], list[int]]] = {}
         plan = self._planned([site for site, _ in found])
         every = self._buffer.samples_of([module for _, module, _ in plan])
         with Unseen():
@@ -62,10 +67,18 @@ class RowTallies:
                         places.append(item % GROUP)
                         rows.append(len(gradient))
                         of.append(samples or otherwise)
+                    elif is_first and self._devices.can_find_rows(gradient):
+                        names, gradients, of = away.setdefault((gradient.device, gradient.dtype), ([], [], []))
+                        names.append(site.name)
+                        gradients.append(gradient)
+                        of.append(samples or otherwise)
                     elif (tally := self._judge.rows(site.name, gradient, samples or otherwise)) is not None:
                         self._buffer.add_units(site.name, tally)
                 except Exception as error:
                     self._notices.failed(f"units of {site.name}", error)
+            for names, gradients, of in away.values():
+                for name, late in zip(names, rows_together(gradients, of, self._devices), strict=True):
+                    self._buffer.add_units(name, late)
         for number, (names, places, rows, of) in groups.items():
             assert column is not None
             start = column.groups[number].rows(places, rows, of)

@@ -29,6 +29,7 @@ from instrument.capture.outputs import named_tensors
 from instrument.capture.patterns import Pattern
 from instrument.errors import UnmeasurableError
 from instrument.measure import native
+from instrument.measure.device import Devices
 from instrument.measure.groups import ArrivingGroup, Group
 from instrument.measure.pending import ALONE
 from instrument.measure.slopes import Slopes, slopes_named, slopes_of
@@ -84,6 +85,7 @@ class UnitJudge:
         wants: Whether a site is watched.
         say: Told once what cannot be judged, and why.
         copied: Gives the group that a tensor is measured with later, and its place: its units are tallied then.
+        devices: What tallies of tensors on other devices travel to the host with.
     """
 
     def __init__(
@@ -92,11 +94,13 @@ class UnitJudge:
         wants: Callable[[Site], bool],
         say: Callable[[str], None],
         copied: Callable[[torch.Tensor], tuple[ArrivingGroup, int] | None] = lambda tensor: None,
+        devices: Devices | None = None,
     ) -> None:
         self._functions = [(Pattern(glob), slopes_named(function)) for glob, function in functions.items()]
         self._wants = wants
         self._say = say
         self._copied = copied
+        self._devices = devices
         self._roles: dict[str, _Role] = {}
         self._with_rows: dict[str, str] = {}
         self._selections = 0
@@ -251,7 +255,7 @@ class UnitJudge:
             with Unseen():
                 plain = tensor if native.can_read(tensor) else whole(tensor)
                 if not plain.is_cpu or not plain.numel():
-                    return tally_plain(plain, axis, slopes), ALONE
+                    return tally_plain(plain, axis, slopes, None, self._devices), ALONE
                 known = self._known
                 if known is not None and known[0]() is tensor and known[1:3] == (version_of(tensor), axis):
                     return tally_plain(plain, axis, slopes, known[3]), ALONE

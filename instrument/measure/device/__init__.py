@@ -1,14 +1,17 @@
 """Measuring where a tensor lies, without ever waiting for the device."""
 
 from instrument.measure.device.accumulating import FLOATS, accumulate
-from instrument.measure.device.batch import DeviceBatch, Devices, DeviceSketch
+from instrument.measure.device.batch import DeviceBatch, Devices, DeviceSketch, is_plain
+from instrument.measure.device.columns import FIELDS, DeviceColumns
 from instrument.measure.device.edge import CapturingError, Edge, edge_for, is_capturing
 from instrument.measure.device.late import LateNumber, Marked, RowSketch
 
 __all__ = [
+    "FIELDS",
     "FLOATS",
     "CapturingError",
     "DeviceBatch",
+    "DeviceColumns",
     "DeviceSketch",
     "Devices",
     "Edge",
@@ -18,4 +21,5 @@ __all__ = [
     "accumulate",
     "edge_for",
     "is_capturing",
+    "is_plain",
 ]

@@ -14,7 +14,7 @@ from instrument.measure.device.rows import NEW_MOMENTS
 from instrument.measure.histogram import CODES, SIGN
 from instrument.measure.tensors import Values, chunks
 
-__all__ = ["FLOATS", "accumulate", "kernel_for", "on"]
+__all__ = ["FLOATS", "accumulate", "kernel_for", "on", "unit_kernel_for"]
 
 _PIECE = 1 << 22
 """Elements that are worked on at once without Triton, where float64 copies of them are made."""
@@ -93,6 +93,11 @@ def kernel_for(device: torch.device) -> Any:
     return _imported_kernel() if device.type == "cuda" or is_interpreted else None
 
 
+def unit_kernel_for(device: torch.device) -> Any:
+    """The same of those that tally units."""
+    return _imported_unit_kernel() if kernel_for(device) is not None else None
+
+
 @functools.cache
 def _imported_kernel() -> Any:
     if importlib.util.find_spec("triton") is None:
@@ -100,6 +105,13 @@ def _imported_kernel() -> Any:
     from instrument.measure.device import kernel
 
     return kernel
+
+
+@functools.cache
+def _imported_unit_kernel() -> Any:
+    from instrument.measure.device import unit_kernel
+
+    return unit_kernel
 
 
 def on(device: torch.device) -> Any:

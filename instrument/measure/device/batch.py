@@ -17,26 +17,33 @@ rows that are gone.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from instrument.measure.columns import Sketches
-from instrument.measure.device.accumulating import accumulate, kernel_for, on
+from instrument.measure.device.accumulating import FLOATS, accumulate, kernel_for, on, unit_kernel_for
+from instrument.measure.device.columns import FIELDS, Columns, DeviceColumns
 from instrument.measure.device.edge import CapturingError, Done, Edge, edge_for
 from instrument.measure.device.rows import NEW_MOMENTS, WIDTH, moments_of, sketches_of_rows
 from instrument.measure.histogram import CODES
 from instrument.measure.sketch import Sketch
-from instrument.measure.tensors import Values
-from instrument.torch_private import Unseen
+from instrument.measure.slopes import Slopes
+from instrument.measure.tensors import PLAIN, Values
+from instrument.torch_private import Unseen, can_hide
 
-__all__ = ["DeviceBatch", "DeviceSketch", "Devices"]
+__all__ = ["DeviceBatch", "DeviceSketch", "Devices", "is_plain"]
 
 _ROWS = 32
 """Rows of a block for tensors that come one by one."""
+
+_TALLIED = FLOATS - {torch.float64}
+"""Types of which units are tallied by a kernel: it compares with limits in float32."""
 
 _MOST_ROWS = 1024
 """Rows of a batch, 34 MB, from which on it is sent though the step goes on."""
@@ -60,9 +67,12 @@ class DeviceBatch:
         self._edge = edge
         self._used = 0
         self._vacant: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._columns = Columns(device)
+        self._shapes: list[tuple[int, ...]] = []
         self._host: torch.Tensor | None = None
         self._done: Done | None = None
         self._found: Sketches | None = None
+        self._found_columns: list[npt.NDArray[np.float64]] = []
         self._failure: Exception | None = None
         self._lock = threading.RLock()
 
@@ -124,6 +134,62 @@ class DeviceBatch:
                     kernel.accumulate_runs(tensors[0], self._edge.to_device(table, self.device), block, aligned)
         return [DeviceSketch(self, first + index) for index in range(len(tensors))]
 
+    def tally(self, values: torch.Tensor, sides: tuple[int, int, int], slopes: Slopes | None) -> DeviceColumns | None:
+        """Tally units as they are now, in one launch; see `unit_kernel.tally_positions`. Call it under `Unseen`.
+
+        Args:
+            values: On the device of the batch, as `Devices.can_tally` asks for.
+            sides: How many samples, units and positions it has, in the order in which they lie.
+            slopes: Where the nonlinearity is flat; without it, only ranges are found.
+
+        Returns:
+            What will give `FIELDS` columns; None where the batch was sent meanwhile, by another thread.
+
+        Raises:
+            CapturingError: A CUDA graph is being captured.
+        """
+        kernel = unit_kernel_for(self.device)
+        if self._edge.is_capturing():
+            raise CapturingError
+        with self._lock, on(self.device):
+            if self.is_sent:
+                return None
+            samples, units, positions = sides
+            number, first, out = self._columns.take(FIELDS, units)
+            if positions == 1:
+                kernel.tally_units(values, samples, units, slopes, out)
+            else:
+                kernel.tally_positions(values, samples, units, positions, slopes, out)
+        return DeviceColumns(self, number, first, units)
+
+    def find_rows(self, gradients: Sequence[torch.Tensor]) -> list[DeviceColumns] | None:
+        """Find which rows of several gradients of one type are not zero, in one launch; under `Unseen`.
+
+        Args:
+            gradients: On the device of the batch, as `Devices.can_find_rows` asks for.
+
+        Returns:
+            What will give a number for each row of each; None where the batch was sent meanwhile, by another thread.
+
+        Raises:
+            CapturingError: A CUDA graph is being captured.
+        """
+        kernel = unit_kernel_for(self.device)
+        if self._edge.is_capturing():
+            raise CapturingError
+        rows = np.array([len(gradient) for gradient in gradients])
+        lengths = np.array([gradient.numel() for gradient in gradients]) // rows
+        addresses = np.array([gradient.data_ptr() for gradient in gradients])
+        table = kernel.row_table(addresses, rows, lengths, gradients[0].itemsize)
+        with self._lock, on(self.device):
+            if self.is_sent:
+                return None
+            number, first, out = self._columns.take(1, int(rows.sum()))
+            kernel.find_rows(gradients[0], self._edge.to_device(table, self.device), out[0])
+        ends = np.cumsum(rows)
+        found = DeviceColumns(self, number, first, int(ends[-1]))
+        return [found.part(int(end - count), int(count)) for end, count in zip(ends, rows, strict=True)]
+
     @property
     def is_full(self) -> bool:
         """Whether it is time to send it."""
@@ -141,15 +207,19 @@ class DeviceBatch:
             if self.is_sent:
                 return
             self.is_sent = True
-            if not self._used:
+            blocks = [*self.blocks, *self._columns.blocks]
+            if not blocks:
                 return
+            self._shapes = [tuple(block.shape) for block in self._columns.blocks]
             try:
                 with Unseen(), on(self.device):
                     self._edge.collects(self)
-                    self._host, self._done = self._edge.to_host(torch.cat(self.blocks), self._edge.mark())
+                    everything = torch.cat([block.view(torch.int64).view(-1) for block in blocks])
+                    self._host, self._done = self._edge.to_host(everything, self._edge.mark())
             except Exception as error:  # whoever asks for a sketch is to know why there is none
                 self._failure = error
             self.blocks.clear()
+            self._columns.blocks.clear()
             self._vacant.clear()
 
     def found(self) -> Sketches:
@@ -170,9 +240,23 @@ class DeviceBatch:
                 if self._failure is not None:
                     raise self._failure
                 assert self._host is not None
-                self._found = sketches_of_rows(self._host)
+                rows = self._used * WIDTH
+                self._found = sketches_of_rows(self._host[:rows].view(self._used, WIDTH))
+                columns = self._host[rows:].numpy().copy()  # the memory that it came in is pinned, which is dear
+                ends = np.cumsum([math.prod(shape) for shape in self._shapes])[:-1].tolist()
+                parts = np.split(columns.view(np.float64), ends) if self._shapes else []
+                self._found_columns = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
                 self._host = self._done = None
             return self._found
+
+    def columns(self, number: int) -> npt.NDArray[np.float64]:
+        """A block of columns, of shape (fields, columns); waits until the copy is there.
+
+        Raises:
+            Exception: The copy could not be started.
+        """
+        self.found()
+        return self._found_columns[number]
 
     def _new_block(self, rows: int) -> tuple[int, torch.Tensor]:
         """A block of accumulators of nothing, behind those there are, and the number of its first row."""
@@ -240,6 +324,33 @@ class Devices:
             if found is not None:
                 return found
 
+    def can_tally(self, tensor: torch.Tensor) -> bool:
+        """Whether units of a tensor, as `whole` gives it, are tallied by `tally`; call it under `Unseen`."""
+        return (
+            tensor.dtype in _TALLIED
+            and edge_for(tensor.device) is not None
+            and unit_kernel_for(tensor.device) is not None
+            and can_hide()
+        )
+
+    def tally(self, values: torch.Tensor, sides: tuple[int, int, int], slopes: Slopes | None) -> DeviceColumns:
+        """Tally units as they are now, where they lie; see `DeviceBatch`."""
+        while True:
+            found = self._batch(values.device).tally(values, sides, slopes)
+            if found is not None:
+                return found
+
+    def can_find_rows(self, gradient: torch.Tensor) -> bool:
+        """Whether rows of a gradient are looked at by `find_rows`; call it under `Unseen`."""
+        return is_plain(gradient) and unit_kernel_for(gradient.device) is not None and can_hide()
+
+    def find_rows(self, gradients: Sequence[torch.Tensor]) -> list[DeviceColumns]:
+        """Find which rows of gradients of one type, on one device, are not zero; see `DeviceBatch`."""
+        while True:
+            found = self._batch(gradients[0].device).find_rows(gradients)
+            if found is not None:
+                return found
+
     def send(self) -> None:
         """Start the copies to the host; what is added from then on travels later."""
         batches, self._batches = self._batches, {}
@@ -256,3 +367,18 @@ class Devices:
                 batch.send()
             batch = self._batches[key] = DeviceBatch(device, edge)
         return batch
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a kernel can read a tensor on a device from its address, beside others; call it under `Unseen`."""
+    return (
+        type(tensor) in PLAIN
+        and edge_for(tensor.device) is not None
+        and tensor.dtype in FLOATS
+        and tensor.layout is torch.strided
+        and tensor.numel() > 0
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and not tensor.is_nested
+        and tensor.data_ptr() != 0  # its storage is freed
+    )

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["accumulate_runs", "accumulate_values", "runs_of"]
+__all__ = ["accumulate_runs", "accumulate_values", "kin_of", "runs_of"]
 
 _WARPS = 8
 _ROW_BYTES = 16
@@ -265,7 +265,7 @@ def accumulate_values(values: torch.Tensor, codes: torch.Tensor, moments: torch.
         size = piece.numel()
         if size:
             run = _run_length(size)
-            _values[(-(-size // run),)](_kin(piece), codes, moments, size, run, **_options(values.dtype))
+            _values[(-(-size // run),)](kin_of(piece), codes, moments, size, run, **_options(values.dtype))
 
 
 def runs_of(
@@ -300,7 +300,7 @@ def accumulate_runs(like: torch.Tensor, table: torch.Tensor, rows: torch.Tensor,
         is_aligned: Whether all addresses are multiples of 16.
     """
     grid = (table.shape[0],)
-    _runs[grid](_kin(like), table, rows, rows.stride(0), IS_ALIGNED=is_aligned, **_options(like.dtype))
+    _runs[grid](kin_of(like), table, rows, rows.stride(0), IS_ALIGNED=is_aligned, **_options(like.dtype))
 
 
 def _run_length(size: int, times: int = 1) -> int:
@@ -309,7 +309,7 @@ def _run_length(size: int, times: int = 1) -> int:
     return -(-run // _SHORTEST_RUN) * _SHORTEST_RUN
 
 
-def _kin(tensor: torch.Tensor) -> torch.Tensor:
+def kin_of(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as the kernels take it: the interpreter knows no bfloat16."""
     return tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 and _IS_INTERPRETED else tensor
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,6 +25,7 @@ import numpy.typing as npt
 import torch
 
 from instrument.measure import native
+from instrument.measure.device import Devices
 from instrument.measure.histogram import FloatArray, IntArray
 from instrument.measure.slopes import Slopes, Tails
 from instrument.measure.tensors import whole
@@ -35,6 +37,7 @@ __all__ = [
     "Extent",
     "extent_of",
     "living_rows",
+    "rows_together",
     "tally_of_range",
     "tally_plain",
     "tally_rows",
@@ -143,7 +146,7 @@ def tally_units(tensor: torch.Tensor, axis: int, slopes: Slopes | None) -> UnitT
 
 
 def tally_plain(
-    tensor: torch.Tensor, axis: int, slopes: Slopes | None, known: Extent | None = None
+    tensor: torch.Tensor, axis: int, slopes: Slopes | None, known: Extent | None = None, devices: Devices | None = None
 ) -> UnitTally | DeviceTally:
     """The same of a tensor as `whole` gives it.
 
@@ -152,12 +155,13 @@ def tally_plain(
         axis: As in `tally_units`.
         slopes: As in `tally_units`.
         known: Ranges of this very tensor, where they were found before.
+        devices: What tallies of tensors on other devices travel to the host with.
     """
     function = slopes.function if slopes is not None else None
     if not tensor.numel():
         return UnitTally.empty(tensor.shape[axis], function)
     if not tensor.is_cpu:
-        return tally_on_device(tensor, axis, slopes)
+        return tally_on_device(tensor, axis, slopes, devices)
     extent = known if known is not None else extent_of(tensor, axis)
     units, low, high = extent.low.size, extent.low, extent.high
     if slopes is None:
@@ -223,7 +227,7 @@ def tally_rows(gradient: torch.Tensor, axis: int, samples: int) -> UnitTally | D
         return living_rows(len(gradient), samples) if zero is None else _row_tally(~zero, samples)
     rows = whole(gradient).movedim(axis, 0).flatten(1)
     if not rows.is_cpu:
-        return DeviceTally(rows.ne(0).any(1), lambda alive: _row_tally(alive, samples))
+        return DeviceTally(rows.ne(0).any(1), samples, lambda alive: _row_tally(alive, samples))
     # Nearly every row shows within a few elements that it is not zero.
     glance = rows[:, :: max(1, rows.shape[1] // GLANCE)][:, :GLANCE]
     alive = np.logical_or.reduce(_floats(_host(glance)).T != 0, axis=0)
@@ -231,6 +235,20 @@ def tally_rows(gradient: torch.Tensor, axis: int, samples: int) -> UnitTally | D
     if doubtful.size:
         alive[doubtful] = np.logical_or.reduce(_floats(_host(rows)[doubtful]) != 0, axis=1)
     return _row_tally(alive, samples)
+
+
+def rows_together(gradients: Sequence[torch.Tensor], samples: Sequence[int], devices: Devices) -> list[DeviceTally]:
+    """`tally_rows` of gradients of one type on one device, in one launch; call it under `Unseen`.
+
+    Args:
+        gradients: As `Devices.can_find_rows` asks for; units are their first dimension.
+        samples: Samples that each is of, at least 1.
+        devices: What travels with the tallies to the host.
+    """
+    return [
+        DeviceTally(columns, seen, functools.partial(_rows_of_columns, samples=seen))
+        for columns, seen in zip(devices.find_rows(gradients), samples, strict=True)
+    ]
 
 
 @functools.lru_cache(maxsize=256)
@@ -254,6 +272,10 @@ def _alive(units: int) -> tuple[FloatArray, FloatArray, IntArray, BoolArray]:
     for array in arrays:
         array.flags.writeable = False
     return arrays
+
+
+def _rows_of_columns(columns: FloatArray, samples: int) -> UnitTally:
+    return _row_tally(columns[0] > 0, samples)
 
 
 def _row_tally(alive: BoolArray, samples: int) -> UnitTally:

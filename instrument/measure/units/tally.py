@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from instrument.measure.device import Marked
+from instrument.measure.device import DeviceColumns, Marked
 from instrument.measure.histogram import FloatArray, IntArray
 
 __all__ = ["BoolArray", "DeviceTally", "UnitTally", "Witness", "merge_tallies"]
@@ -146,19 +146,22 @@ class DeviceTally:
     """A tally that lies on a device; whoever asks for it first waits for the device.
 
     Args:
-        numbers: What was computed, on the device.
+        numbers: What was computed, on the device, or what travels to the host with other things.
+        samples: How many samples it is of, 0 for rows of a gradient.
         make: Makes the tally of `numbers` as an array.
     """
 
-    __slots__ = ("_make", "_numbers")
+    __slots__ = ("_make", "_numbers", "samples")
 
-    def __init__(self, numbers: torch.Tensor, make: Callable[[Any], UnitTally]) -> None:
-        self._numbers = Marked(numbers)
+    def __init__(self, numbers: torch.Tensor | DeviceColumns, samples: int, make: Callable[[Any], UnitTally]) -> None:
+        self.samples = samples
+        """How many samples of a module's units it is of, known already."""
+        self._numbers = Marked(numbers) if isinstance(numbers, torch.Tensor) else numbers
         self._make = make
 
     def fetch(self) -> UnitTally:
-        """Copy the numbers to the host and make the tally of them."""
-        return self._make(self._numbers.fetch().numpy())
+        """The tally; waits until its numbers are on the host."""
+        return self._make(np.asarray(self._numbers.fetch()))
 
 
 class _Pending(Protocol):
