@@ -58,13 +58,11 @@ def _values(read, KIND: tl.constexpr):
 
 @triton.jit
 def _add(read, mask, lows, highs, marks, KIND: tl.constexpr):
-    """Extremes and marks with those of a block; NaN, which no extreme is to hide, is marked."""
+    """Extremes and marks with those of a block; NaN, which `tl.minimum` passes over, is marked."""
     value = _values(read, KIND)
-    is_nan = value != value
-    is_number = mask & (is_nan == 0)
-    lows = tl.minimum(lows, tl.where(is_number, value, float("inf")))
-    highs = tl.maximum(highs, tl.where(is_number, value, float("-inf")))
-    return value, lows, highs, marks | (is_nan & mask).to(tl.int32)
+    lows = tl.minimum(lows, tl.where(mask, value, float("inf")))
+    highs = tl.maximum(highs, tl.where(mask, value, float("-inf")))
+    return value, lows, highs, marks | ((value != value) & mask).to(tl.int32)
 
 
 @triton.jit
