@@ -157,11 +157,11 @@ def accumulate_cpu(values: Values, codes: IntArray, moments: FloatArray, stride:
 def _pieces(tensor: torch.Tensor, stride: int) -> Iterator[tuple[IntArray, list[float]]]:
     """Counts and moments of each piece of a tensor."""
     tensor = in_memory_order(tensor)
+    if stride == 1 and _has_patterns(tensor):
+        yield measure_patterns(tensor)
+        return
     if native.can_measure(tensor):
         yield native.counts_of(tensor, stride)
-        return
-    if stride == 1 and not native.is_there() and _has_patterns(tensor):
-        yield measure_patterns(tensor)
         return
     for piece in chunks(tensor, BLOCK):
         yield _measure_block(piece, stride)[:2]

@@ -21,6 +21,8 @@ from instrument import measure
 from instrument.errors import UnmeasurableError
 from instrument.measure import native
 from instrument.measure.batch import measure_many
+from instrument.measure.device.rows import WIDTH, sketches_of_rows
+from instrument.measure.histogram import CODES, INF_CODE
 from instrument.measure.native import library
 from instrument.measure.slopes import slopes_named
 from instrument.measure.units import UnitTally, tally_rows, tally_units
@@ -272,3 +274,42 @@ def test_shared_arrays_of_tallies_cannot_be_changed() -> None:
     for array in (first.low, first.high, first.flat, first.dead_flat):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
+
+
+@needs_c
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 65_535), st.integers(1, 11)), max_size=40), st.integers(0, 3))
+def test_patterns_of_16_bits_are_counted_as_numpy_does(runs: list[tuple[int, int]], first: int) -> None:
+    """Whatever comes how often in a row, and wherever it begins: patterns in their order, and counts, each time."""
+    values = np.repeat([pattern for pattern, _ in runs], [count for _, count in runs]).astype(np.uint16)[first:]
+    expected, counts = np.unique(values, return_counts=True)
+    for _ in range(2):
+        present, found = native.patterns_of(values)
+        assert (present.tolist(), found.tolist()) == (expected.tolist(), counts.tolist())
+
+
+@needs_c
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays.arrays(np.int64, (5, 12), elements=st.integers(0, 2**53)),
+    st.lists(st.integers(0, CODES - 1), min_size=12, max_size=12, unique=True),
+    arrays.arrays(np.float64, (5, 5), elements=st.floats(allow_nan=False)),
+    st.integers(-1, 4),
+)
+def test_rows_of_a_device_are_sketched_as_numpy_does(
+    counts: npt.NDArray[np.int64], codes: list[int], moments: npt.NDArray[np.float64], missing: int
+) -> None:
+    """Counts at any codes, zeros, Inf and NaN among them, any moments, and a row that could not be measured."""
+    rows = np.zeros((5, WIDTH), np.int64)
+    rows[:, codes] = counts
+    rows[:, INF_CODE - 1 : INF_CODE + 3] += counts[:, :4]
+    moments = moments.copy()
+    if missing >= 0:
+        moments[missing, 0] = np.nan
+    rows[:, CODES : CODES + 5] = moments.view(np.int64)
+    found = sketches_of_rows(torch.from_numpy(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "is_there", lambda: False)
+        expected = sketches_of_rows(torch.from_numpy(rows))
+    for field in ("codes", "counts", "ends", "numbers"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(expected, field), err_msg=field)

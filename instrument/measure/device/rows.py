@@ -1,7 +1,7 @@
 """Rows of accumulators, as a device fills them, and the sketches that they become on the host.
 
 A sketch made of each row by itself took 36 us, most of it to look through 4096 counts in several calls; of many rows at
-once it takes 5.
+once it takes 9, and in C 2.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from instrument.measure import native
 from instrument.measure.columns import Sketches
 from instrument.measure.histogram import CODES, INF_CODE, SIGN
 from instrument.measure.sketch import MOMENTS, empty_moments
@@ -34,6 +35,8 @@ def sketches_of_rows(rows: torch.Tensor) -> Sketches:
         rows: Int64 of shape (n, columns), columns as of `WIDTH`. A count of NaN says that a graph could not measure,
             which gives a sketch of nothing.
     """
+    if native.is_there():
+        return native.sketches_of_rows(rows.numpy())
     codes, moments = rows[:, :CODES].numpy(), moments_of(rows).numpy()
     missing = np.isnan(moments[:, 0])
     if missing.any():

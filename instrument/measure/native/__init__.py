@@ -11,18 +11,22 @@ from instrument.measure.native.drawing import histogram_entries, histograms_of, 
 from instrument.measure.native.library import is_there
 from instrument.measure.native.packing import packed, unpacked
 from instrument.measure.native.sketches import (
+    PATTERNS,
     address_of,
     can_measure,
     can_read,
     counts_of,
     counts_of_array,
     gathered,
+    patterns_of,
     sketch_of,
     sketches_of,
+    sketches_of_rows,
 )
 from instrument.measure.native.units import flat_of, ranges_of, ranges_of_many, zero_rows_in, zero_rows_of
 
 __all__ = [
+    "PATTERNS",
     "address_of",
     "can_measure",
     "can_read",
@@ -35,10 +39,12 @@ __all__ = [
     "is_there",
     "log10_histograms_of",
     "packed",
+    "patterns_of",
     "ranges_of",
     "ranges_of_many",
     "sketch_of",
     "sketches_of",
+    "sketches_of_rows",
     "unpacked",
     "zero_rows_in",
     "zero_rows_of",

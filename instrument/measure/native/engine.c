@@ -9,6 +9,7 @@
  *   that take turns, 0.35;
  * - sums of float64 in lanes of 16 take 0.2 with their extremes; the compiler makes no vectors of a plain sum, whose
  *   order it may not change;
+ * - of many 16-bit values the patterns are counted, which say everything: 0.5;
  * - values are looked at for NaN, Inf and what is too small for code 1 a run at a time, and only such runs go the slow
  *   way, value by value.
  */
@@ -47,6 +48,7 @@ enum { FLOAT32, BFLOAT16 };
 
 #define CODES 4096
 #define SIGN 2048
+#define PATTERNS 65536
 #define CODE_SHIFT 20
 #define INF_BITS 0x7F800000u
 #define NAN_BITS 0x7FC00000u
@@ -202,7 +204,7 @@ EXPORT void *PyInit__engine(void)
 /* To be raised with every change to a signature below: an object of another number is left alone. */
 EXPORT int instrument_interface(void)
 {
-    return 7;
+    return 8;
 }
 
 /* Add `size` values to int64 counts of 4096 codes and to count, sum, sum of squares, minimum and maximum. With a `stride`
@@ -258,6 +260,47 @@ WIDE EXPORT void instrument_accumulate(
         found[5] += (double)zeros;
         found[6] += (double)others;
     }
+}
+
+/* Which patterns of 16 bits occur, in their order, and how often: as many as are returned. Less than 2**32 values. The
+ * two tables, which take turns, hold zeros before and after. */
+EXPORT int64_t instrument_patterns(
+    const void *data, int64_t size, uint32_t (*tables)[PATTERNS], uint16_t *present, int64_t *counts)
+{
+    const uint16_t *values = data;
+    int64_t i, used = 0, whole = size - size % 4;
+    int pattern, k;
+
+    for (i = 0; i < whole; i += 4) {
+        uint64_t four;
+        memcpy(&four, values + i, sizeof four);
+        if (four == (four & 0xFFFF) * 0x0001000100010001u) { /* a table waits for its last increment of one number */
+            tables[0][four & 0xFFFF] += 4;
+            continue;
+        }
+        tables[0][four & 0xFFFF]++;
+        tables[1][four >> 16 & 0xFFFF]++;
+        tables[0][four >> 32 & 0xFFFF]++;
+        tables[1][four >> 48]++;
+    }
+    for (; i < size; i++)
+        tables[0][values[i]]++;
+    for (pattern = 0; pattern < PATTERNS; pattern += GLANCE) {
+        uint32_t any = 0;
+        for (k = pattern; k < pattern + GLANCE; k++)
+            any |= tables[0][k] | tables[1][k];
+        if (!any)
+            continue;
+        for (k = pattern; k < pattern + GLANCE; k++) {
+            int64_t count = (int64_t)tables[0][k] + tables[1][k];
+            if (!count)
+                continue;
+            tables[0][k] = tables[1][k] = 0;
+            present[used] = (uint16_t)k;
+            counts[used++] = count;
+        }
+    }
+    return used;
 }
 
 /* The sketch of `size` values from `start` on: codes that occur and how often, as many as are returned; and sum, sum of
@@ -321,6 +364,47 @@ PART int64_t sketch_one(
     numbers[6] = nans;
     numbers[7] = infs;
     numbers[8] = 1;
+    return used;
+}
+
+/* Sketches of rows of int64 on the host: counts of codes, and behind them count, sum, sum of squares, minimum and maximum
+ * in the bits of float64. A count that is NaN stands for what could not be measured. Returns how many codes there are. */
+EXPORT int64_t instrument_rows(
+    const int64_t *rows, int64_t many, int64_t width, uint16_t *codes, int64_t *counts, int64_t *ends, double *numbers)
+{
+    int64_t number, used = 0;
+    int code, k;
+
+    for (number = 0; number < many; number++, rows += width, numbers += FIELDS) {
+        double moments[5], zeros = 0, nans = 0, infs = 0;
+        memcpy(moments, rows + CODES, sizeof moments);
+        for (code = 0; code < CODES && moments[0] == moments[0]; code += GLANCE) {
+            int64_t any = 0;
+            for (k = code; k < code + GLANCE; k++)
+                any |= rows[k];
+            for (k = code; any && k < code + GLANCE; k++) {
+                if (!rows[k])
+                    continue;
+                codes[used] = (uint16_t)k;
+                counts[used++] = rows[k];
+                if (!(k & (SIGN - 1)))
+                    zeros += (double)rows[k];
+                else if ((k & (SIGN - 1)) == INF_CODE)
+                    infs += (double)rows[k];
+                else if ((k & (SIGN - 1)) > INF_CODE)
+                    nans += (double)rows[k];
+            }
+        }
+        if (moments[0] != moments[0])
+            moments[0] = moments[1] = moments[2] = 0, moments[3] = INFINITY, moments[4] = -INFINITY;
+        ends[number] = used;
+        memcpy(numbers, moments + 1, 4 * sizeof *numbers);
+        numbers[4] = moments[0];
+        numbers[5] = zeros;
+        numbers[6] = nans;
+        numbers[7] = infs;
+        numbers[8] = 1;
+    }
     return used;
 }
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 __all__ = ["SHORT", "Rooms", "functions", "is_there"]
 
-_INTERFACE = 7
+_INTERFACE = 8
 """Raised with every change to a signature in `engine.c`: an object built of an older one would write anywhere."""
 
 SHORT = 32_768
@@ -40,6 +40,8 @@ class _Functions(NamedTuple):
     zero_rows_in: Any
     pack: Any
     unpack: Any
+    patterns: Any
+    rows: Any
 
 
 class _Library(NamedTuple):
@@ -82,6 +84,8 @@ def _functions(library: ctypes.CDLL) -> _Functions:
         library.instrument_zero_rows_in,
         library.instrument_pack,
         library.instrument_unpack,
+        library.instrument_patterns,
+        library.instrument_rows,
     )
     values, cube = (_pointer, _kind), (_number, _number, _number)
     functions.accumulate.argtypes = (*values, _number, _number, _pointer, _pointer, _pointer)
@@ -112,6 +116,10 @@ def _functions(library: ctypes.CDLL) -> _Functions:
     functions.pack.restype = ctypes.c_int64
     functions.unpack.argtypes = (_number, *[_pointer] * 4)
     functions.unpack.restype = None
+    functions.patterns.argtypes = (_pointer, _number, _pointer, _pointer, _pointer)
+    functions.patterns.restype = ctypes.c_int64
+    functions.rows.argtypes = (_pointer, _number, _number, *[_pointer] * 4)
+    functions.rows.restype = ctypes.c_int64
     return functions
 
 

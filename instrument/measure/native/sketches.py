@@ -17,15 +17,21 @@ from instrument.measure.tensors import PLAIN
 
 __all__ = [
     "KINDS",
+    "PATTERNS",
     "address_of",
     "can_measure",
     "can_read",
     "counts_of",
     "counts_of_array",
     "gathered",
+    "patterns_of",
     "sketch_of",
     "sketches_of",
+    "sketches_of_rows",
 ]
+
+PATTERNS = 65_536
+"""Patterns that 16 bits can have."""
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """Number of each type that can be read."""
@@ -40,7 +46,17 @@ class _Room:
         self.places = self.codes.ctypes.data, self.counts.ctypes.data, self.numbers.ctypes.data
 
 
+class _PatternRoom:
+    """Room for the patterns of one tensor, 1.2 MB, of which all but a few pages stay as the system gave them."""
+
+    def __init__(self) -> None:
+        self.tables = np.zeros((2, PATTERNS), np.uint32)
+        self.present, self.counts = np.empty(PATTERNS, np.uint16), np.empty(PATTERNS, np.int64)
+        self.places = tuple(array.ctypes.data for array in (self.tables, self.present, self.counts))
+
+
 _rooms = Rooms(_Room)
+_pattern_rooms = Rooms(_PatternRoom)
 
 
 def can_measure(tensor: torch.Tensor) -> bool:
@@ -117,6 +133,22 @@ def _counts_at(address: int, kind: int, size: int, stride: int) -> tuple[IntArra
     return codes[:CODES] + sampled, moments
 
 
+def patterns_of(values: npt.NDArray[np.uint16]) -> tuple[npt.NDArray[np.uint16], IntArray]:
+    """Which patterns of 16 bits occur, and how often, where `is_there`.
+
+    Args:
+        values: The patterns, contiguous, less than 2**32 of them.
+
+    Returns:
+        The patterns in their order, each once, and their counts as int64.
+    """
+    room = _pattern_rooms.take()
+    used = functions(values.size).patterns(values.ctypes.data, values.size, *room.places)
+    found = room.present[:used].copy(), room.counts[:used].copy()
+    _pattern_rooms.give_back(room)
+    return found
+
+
 def sketch_of(tensor: torch.Tensor) -> Sketch:
     """The sketch of one tensor.
 
@@ -143,6 +175,22 @@ def sketches_of(flat: torch.Tensor, lengths: IntArray) -> Sketches:
     numbers = np.empty((lengths.size, len(FIELDS)))
     places = (array.ctypes.data for array in (codes, counts, ends, numbers))
     used = functions().sketches(flat.data_ptr(), KINDS[flat.dtype], lengths.ctypes.data, lengths.size, *places)
+    return Sketches(codes[:used].copy(), counts[:used].copy(), ends, numbers)
+
+
+def sketches_of_rows(rows: IntArray) -> Sketches:
+    """Sketches of rows of accumulators, where `is_there`.
+
+    Args:
+        rows: Int64 of shape (sketches, width), contiguous, with counts of codes and behind them five moments, in the
+            bits of float64; see `instrument.measure.device.rows`.
+    """
+    many, width = rows.shape
+    codes, counts = np.empty(many * CODES, np.uint16), np.empty(many * CODES, np.int64)
+    ends: npt.NDArray[np.int64] = np.empty(many, np.int64)
+    numbers = np.empty((many, len(FIELDS)))
+    places = (array.ctypes.data for array in (codes, counts, ends, numbers))
+    used = functions(rows.size).rows(rows.ctypes.data, many, width, *places)
     return Sketches(codes[:used].copy(), counts[:used].copy(), ends, numbers)
 
 
