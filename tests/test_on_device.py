@@ -13,8 +13,8 @@ from torch import nn
 import instrument
 from instrument.diagnose.report import Report
 from instrument.measure import batch as batches
-from instrument.measure.device import batch as devices
-from instrument.measure.device import late
+from instrument.measure.device import batch as device_batch
+from instrument.measure.device import devices, late
 from instrument.watcher import collector
 
 from .measure.test_device import Queue, assert_same
@@ -100,7 +100,7 @@ def test_many_micro_batches_do_not_pile_up(
     """A batch that is full is sent within the step, and what has arrived is merged while the step goes on."""
     plain = train(tmp_path / "plain", micro_batches=40)
     found = queue()
-    monkeypatch.setattr(devices, "_MOST_ROWS", 64)
+    monkeypatch.setattr(device_batch, "_MOST_ROWS", 64)
     monkeypatch.setattr(Queue, "query", lambda self: self.synchronize() or True)  # copies arrive at once
     held: list[int] = []
     close = collector.Collector.close

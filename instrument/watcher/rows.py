@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from instrument.capture.names import Site
+from instrument.errors import UnmeasurableError
 from instrument.measure.batch import Column
 from instrument.measure.device import Devices
 from instrument.measure.groups import GROUP
@@ -77,8 +78,12 @@ class RowTallies:
                 except Exception as error:
                     self._notices.failed(f"units of {site.name}", error)
             for names, gradients, of in away.values():
-                for name, late in zip(names, rows_together(gradients, of, self._devices), strict=True):
-                    self._buffer.add_units(name, late)
+                try:
+                    tallies = rows_together(gradients, of, self._devices)
+                except UnmeasurableError:  # the next step goes another way, or a graph is captured, which is said
+                    continue
+                for name, tally in zip(names, tallies, strict=True):
+                    self._buffer.add_units(name, tally)
         for number, (names, places, rows, of) in groups.items():
             assert column is not None
             start = column.groups[number].rows(places, rows, of)

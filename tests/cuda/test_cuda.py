@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,10 @@ from torch.nn import functional
 
 import instrument
 from instrument.errors import InstrumentWarning
+from instrument.measure.device import Devices
+from instrument.measure.slopes import slopes_named
+from instrument.measure.units import UnitTally, rows_together, tally_on_device, tally_rows
+from instrument.torch_private import Unseen
 from tests.measure.test_device import assert_same
 
 DEVICE = torch.device("cuda")
@@ -46,6 +51,57 @@ def test_codes_are_those_of_the_cpu_engine(dtype: torch.dtype, size: int) -> Non
         values[:6] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40], dtype=torch.float64)
     values = values.to(dtype)
     assert_same(instrument.measure(values.to(DEVICE)), instrument.measure(values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((1, 1), 1), ((37, 10), 1), ((70_000, 96), 1), ((8, 512, 3072), 2), ((9, 65, 7, 7), 1), ((64, 64, 56, 56), 1)],
+)
+@pytest.mark.parametrize("function", [None, "relu", "tanh"])
+def test_units_are_tallied_as_by_operations_of_torch(
+    dtype: torch.dtype, shape: tuple[int, ...], axis: int, function: str | None
+) -> None:
+    """In one launch that waits for nothing: ranges, flat samples and dead units are those of the CPU, NaN included."""
+    z = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    z.select(axis, 0).fill_(-5.0)
+    if shape[axis] > 2:
+        z.select(axis, 1).fill_(2.5)
+        z.select(axis, 2)[0] = float("nan")
+    z = z.to(dtype)
+    slopes, devices, on_device = slopes_named(function) if function else None, Devices(), z.to(DEVICE)
+    with Unseen():
+        expected = tally_on_device(z.float(), axis, slopes).fetch()
+        assert devices.can_tally(on_device)
+        with no_wait():
+            late = tally_on_device(on_device, axis, slopes, devices)
+            devices.send()
+    found = late.fetch()
+    for field in ("low", "high", "flat", "dead_flat", "never_flat"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(expected, field), err_msg=field)
+    assert (found.samples, found.counted) == (expected.samples, expected.counted)
+    np.testing.assert_allclose(found.square_mean, expected.square_mean, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_of_zeros_are_found_in_one_launch(dtype: torch.dtype) -> None:
+    """Of gradients of every shape, with rows that are zero, but for their last value, and in whole."""
+    gradients = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for shape in ((5, 3), (3072, 768), (1, 1), (64, 3, 7, 7), (70, 130))
+    ]
+    gradients[1][3] = gradients[1][40, :-1] = gradients[4][:] = 0
+    gradients[0][1] = float("nan")
+    devices, on_device = Devices(), [gradient.to(DEVICE) for gradient in gradients]
+    with Unseen(), no_wait():
+        assert all(devices.can_find_rows(gradient) for gradient in on_device)
+        lates = rows_together(on_device, [4] * len(gradients), devices)
+        devices.send()
+    for gradient, late in zip(gradients, lates, strict=True):
+        found, expected = late.fetch(), tally_rows(gradient, 0, 4)
+        assert isinstance(expected, UnitTally)
+        assert found.dead_flat.tolist() == expected.dead_flat.tolist()
+        assert (found.samples, found.counted) == (expected.samples, expected.counted)
 
 
 def train(model: nn.Module, steps: int, stream: Any = None, **arguments: Any) -> instrument.Watcher:

@@ -11,13 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instrument.errors import InstrumentWarning, UnmeasurableError
 from instrument.measure.custom_op import measure
-from instrument.measure.device import CapturingError, DeviceBatch, Devices, DeviceSketch, accumulate
+from instrument.measure.device import CapturingError, DeviceBatch, Devices, DeviceSketch, accumulate, accumulating
 from instrument.measure.device import batch as batches
+from instrument.measure.device import devices as devices_room
 from instrument.measure.histogram import IntArray
 from instrument.measure.pending import Divided
 from instrument.measure.sketch import CODES, Sketch, empty_moments
 from instrument.measure.tensors import Values, readable
+from instrument.measure.units import tally_on_device
 from instrument.torch_private import Unseen
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -193,7 +196,7 @@ def test_tensors_together_are_those_one_by_one() -> None:
 def test_no_stream_writes_to_the_rows_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tensors measured on two streams in turn, each fills rows that it has made; the sender waits for both."""
     queue, devices = Queue(), Devices()
-    monkeypatch.setattr(batches, "edge_for", lambda device: queue)
+    monkeypatch.setattr(devices_room, "edge_for", lambda device: queue)
     writers: dict[int, set[str]] = {}
     launch = accumulate
 
@@ -235,3 +238,75 @@ def test_accumulators_are_added_to() -> None:
         for tensor in (first, second):
             accumulate(Values(tensor, 1, 0), codes, moments)
     assert_same(Sketch.from_dense(codes.numpy(), moments.tolist()), measure(torch.cat([first, second])))
+
+
+class Broken:
+    """Stands for kernels that cannot be compiled."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        from instrument.measure.device import kernel, unit_kernel
+
+        def fails(*arguments: Any) -> None:
+            self.asked += 1
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+        is_launch = name in {"accumulate_values", "accumulate_runs", "tally_units", "tally_positions", "find_rows"}
+        return fails if is_launch else getattr(kernel, name, None) or getattr(unit_kernel, name)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
+    """Triton is there for every device, and cannot be used."""
+    found = Broken()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(accumulating, "_given_up", [])
+    for name in ("_imported_kernel", "_imported_unit_kernel"):
+        monkeypatch.setattr(accumulating, name, lambda: found)
+    return found
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_where_triton_cannot_compile_operations_of_torch_measure(broken: Broken, together: bool) -> None:
+    """The first launch that fails loses nothing, is told of once, and no other is tried."""
+    tensors = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (5, 300, 7)]
+    tensors.append(torch.randn(20, generator=torch.Generator().manual_seed(0)).view(1, 20).expand(3, 20))
+    rows, _ = batch()
+    with pytest.warns(InstrumentWarning, match="Triton cannot be used here .Failed to find C compiler") as told:
+        if together:
+            with Unseen():
+                found = rows.add_many(tensors[:3])
+            assert found is not None
+        else:
+            found = [add(rows, tensor) for tensor in tensors]
+    for later, tensor in zip(found, tensors, strict=False):
+        assert_same(later.sketch(), measure(tensor))
+    assert (len(told), broken.asked) == (1, 1)
+
+
+def test_no_memory_is_no_fault_of_triton(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device has no memory left the error is passed on, and kernels are asked for again."""
+
+    def fails(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(broken, "accumulate_values", fails, raising=False)
+    rows, _ = batch()
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            add(rows, torch.ones(3))
+    assert accumulating.kernel_for(torch.device("cpu")) is broken
+
+
+def test_units_go_another_way_where_their_kernel_fails(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensor at which it fails is not tallied, which is told of; the next one is, by operations of torch."""
+    monkeypatch.setattr(devices_room, "edge_for", lambda device: Queue())
+    values, devices = torch.tensor([[1.0, -5.0], [2.0, -3.0]]), Devices()
+    with Unseen():
+        with pytest.warns(InstrumentWarning, match="Triton cannot be used"), pytest.raises(UnmeasurableError):
+            tally_on_device(values, 1, None, devices)
+        assert tally_on_device(values, 1, None, devices).fetch().low.tolist() == [1.0, -5.0]
+        assert not devices.can_find_rows(values)
+    assert broken.asked == 1

@@ -37,7 +37,7 @@ from tests.measure.test_device import Queue
 
 warnings.simplefilter("ignore")
 queue = Queue()
-for name in ("measure.device.batch", "measure.device.late", "measure.batch", "watcher.collector"):
+for name in ("measure.device.devices", "measure.device.late", "measure.batch", "watcher.collector"):
     importlib.import_module("instrument." + name).edge_for = lambda device: queue
 generator = torch.Generator().manual_seed(0)
 checked = {"tallies": 0, "rows": 0, "steps": 0}
@@ -144,10 +144,10 @@ def train(directory):
     return watcher
 
 
-for name in ("measure.device.batch", "measure.device.late", "measure.batch", "watcher.collector"):
+for name in ("measure.device.devices", "measure.device.late", "measure.batch", "watcher.collector"):
     importlib.import_module("instrument." + name).edge_for = lambda device: None
 plain = train(mkdtemp())
-for name in ("measure.device.batch", "measure.device.late", "measure.batch", "watcher.collector"):
+for name in ("measure.device.devices", "measure.device.late", "measure.batch", "watcher.collector"):
     importlib.import_module("instrument." + name).edge_for = lambda device: queue
 importlib.import_module("instrument.measure.batch").small = lambda tensor: (0, 0)
 

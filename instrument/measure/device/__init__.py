@@ -1,8 +1,9 @@
 """Measuring where a tensor lies, without ever waiting for the device."""
 
 from instrument.measure.device.accumulating import FLOATS, accumulate
-from instrument.measure.device.batch import DeviceBatch, Devices, DeviceSketch, is_plain
+from instrument.measure.device.batch import DeviceBatch, DeviceSketch
 from instrument.measure.device.columns import FIELDS, DeviceColumns
+from instrument.measure.device.devices import Devices, is_plain
 from instrument.measure.device.edge import CapturingError, Edge, edge_for, is_capturing
 from instrument.measure.device.late import LateNumber, Marked, RowSketch
 

@@ -6,21 +6,26 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from instrument.errors import UnmeasurableError, warn_quietly
 from instrument.measure.device.rows import NEW_MOMENTS
 from instrument.measure.histogram import CODES, SIGN
 from instrument.measure.tensors import Values, chunks
 
-__all__ = ["FLOATS", "accumulate", "kernel_for", "on", "unit_kernel_for"]
+__all__ = ["FLOATS", "accumulate", "give_up", "kernel_for", "launching", "on", "unit_kernel_for"]
 
 _PIECE = 1 << 22
 """Elements that are worked on at once without Triton, where float64 copies of them are made."""
 
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 """Types that the kernels read."""
+
+_given_up: list[Any] = []
+"""Modules with kernels that could not be launched."""
 
 _LARGEST = torch.finfo(torch.float32).max
 _NAN_CODE = 0x7FC
@@ -34,8 +39,18 @@ def accumulate(values: Values, codes: torch.Tensor, moments: torch.Tensor) -> No
         codes: Int64 of shape (4096,), added to in place.
         moments: Float64 of shape (5,), combined in place: count, sum, sum of squares, minimum, maximum.
     """
+    kernel = kernel_for(values.tensor.device)
+    if kernel is not None:
+        try:
+            return _accumulate(values, codes, moments, kernel)
+        except Exception as error:
+            give_up(kernel, error)
+    return _accumulate(values, codes, moments, None)
+
+
+def _accumulate(values: Values, codes: torch.Tensor, moments: torch.Tensor, kernel: Any) -> None:
+    """The same by a kernel, or without one."""
     tensor = values.tensor
-    kernel = kernel_for(tensor.device)
     if kernel is not None and values[1:] == (1, 0) and tensor.dtype in FLOATS and tensor.is_contiguous():
         with on(tensor.device):
             kernel.accumulate_values(tensor, codes, moments)
@@ -90,12 +105,49 @@ def _accumulate_plainly(values: torch.Tensor, codes: torch.Tensor, moments: torc
 def kernel_for(device: torch.device) -> Any:
     """The module with the Triton kernels, or None where Triton does not serve a device."""
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own way to run kernels on the CPU, for tests
-    return _imported_kernel() if device.type == "cuda" or is_interpreted else None
+    kernel = _imported_kernel() if device.type == "cuda" or is_interpreted else None
+    return None if kernel in _given_up else kernel
 
 
 def unit_kernel_for(device: torch.device) -> Any:
     """The same of those that tally units."""
-    return _imported_unit_kernel() if kernel_for(device) is not None else None
+    kernel = _imported_unit_kernel() if kernel_for(device) is not None else None
+    return None if kernel in _given_up else kernel
+
+
+def give_up(kernel: Any, error: Exception) -> None:
+    """Use a module with kernels no more, as if Triton were missing, and say so: it wants a compiler of C, for one.
+
+    Args:
+        kernel: The module.
+        error: What it raised.
+
+    Raises:
+        Exception: The error, where that is no fault of Triton's: the device has no memory left.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    if kernel not in _given_up:
+        _given_up.append(kernel)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warn_quietly(
+            f"Triton cannot be used here ({reason}), so tensors on the GPU are measured by operations of torch, with "
+            "the same results in more time"
+        )
+
+
+@contextlib.contextmanager
+def launching(kernel: Any) -> Iterator[None]:
+    """Around the launch of a kernel; where that fails, it is given up.
+
+    Raises:
+        UnmeasurableError: It could not be launched; whoever asks again finds no such kernel.
+    """
+    try:
+        yield
+    except Exception as error:
+        give_up(kernel, error)
+        raise UnmeasurableError("a kernel could not be launched; others will not be asked for") from error
 
 
 @functools.cache

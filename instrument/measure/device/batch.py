@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,23 +27,27 @@ import numpy.typing as npt
 import torch
 
 from instrument.measure.columns import Sketches
-from instrument.measure.device.accumulating import FLOATS, accumulate, kernel_for, on, unit_kernel_for
+from instrument.measure.device.accumulating import (
+    accumulate,
+    give_up,
+    kernel_for,
+    launching,
+    on,
+    unit_kernel_for,
+)
 from instrument.measure.device.columns import FIELDS, Columns, DeviceColumns
-from instrument.measure.device.edge import CapturingError, Done, Edge, edge_for
+from instrument.measure.device.edge import CapturingError, Done, Edge
 from instrument.measure.device.rows import NEW_MOMENTS, WIDTH, moments_of, sketches_of_rows
 from instrument.measure.histogram import CODES
 from instrument.measure.sketch import Sketch
 from instrument.measure.slopes import Slopes
-from instrument.measure.tensors import PLAIN, Values
-from instrument.torch_private import Unseen, can_hide
+from instrument.measure.tensors import Values
+from instrument.torch_private import Unseen
 
-__all__ = ["DeviceBatch", "DeviceSketch", "Devices", "is_plain"]
+__all__ = ["DeviceBatch", "DeviceSketch"]
 
 _ROWS = 32
 """Rows of a block for tensors that come one by one."""
-
-_TALLIED = FLOATS - {torch.float64}
-"""Types of which units are tallied by a kernel: it compares with limits in float32."""
 
 _MOST_ROWS = 1024
 """Rows of a batch, 34 MB, from which on it is sent though the step goes on."""
@@ -131,7 +135,11 @@ class DeviceBatch:
                 of = np.flatnonzero(is_aligned == aligned)
                 if of.size:
                     table = kernel.runs_of(sizes[of], addresses[of], numbers[of], tensors[0].itemsize)
-                    kernel.accumulate_runs(tensors[0], self._edge.to_device(table, self.device), block, aligned)
+                    try:
+                        kernel.accumulate_runs(tensors[0], self._edge.to_device(table, self.device), block, aligned)
+                    except Exception as error:
+                        give_up(kernel, error)
+                        return self.add_many(tensors)
         return [DeviceSketch(self, first + index) for index in range(len(tensors))]
 
     def tally(self, values: torch.Tensor, sides: tuple[int, int, int], slopes: Slopes | None) -> DeviceColumns | None:
@@ -147,6 +155,7 @@ class DeviceBatch:
 
         Raises:
             CapturingError: A CUDA graph is being captured.
+            UnmeasurableError: The kernel could not be launched, and will not be asked for again.
         """
         kernel = unit_kernel_for(self.device)
         if self._edge.is_capturing():
@@ -156,10 +165,11 @@ class DeviceBatch:
                 return None
             samples, units, positions = sides
             number, first, out = self._columns.take(FIELDS, units)
-            if positions == 1:
-                kernel.tally_units(values, samples, units, slopes, out)
-            else:
-                kernel.tally_positions(values, samples, units, positions, slopes, out)
+            with launching(kernel):
+                if positions == 1:
+                    kernel.tally_units(values, samples, units, slopes, out)
+                else:
+                    kernel.tally_positions(values, samples, units, positions, slopes, out)
         return DeviceColumns(self, number, first, units)
 
     def find_rows(self, gradients: Sequence[torch.Tensor]) -> list[DeviceColumns] | None:
@@ -173,6 +183,7 @@ class DeviceBatch:
 
         Raises:
             CapturingError: A CUDA graph is being captured.
+            UnmeasurableError: The kernel could not be launched, and will not be asked for again.
         """
         kernel = unit_kernel_for(self.device)
         if self._edge.is_capturing():
@@ -185,7 +196,8 @@ class DeviceBatch:
             if self.is_sent:
                 return None
             number, first, out = self._columns.take(1, int(rows.sum()))
-            kernel.find_rows(gradients[0], self._edge.to_device(table, self.device), out[0])
+            with launching(kernel):
+                kernel.find_rows(gradients[0], self._edge.to_device(table, self.device), out[0])
         ends = np.cumsum(rows)
         found = DeviceColumns(self, number, first, int(ends[-1]))
         return [found.part(int(end - count), int(count)) for end, count in zip(ends, rows, strict=True)]
@@ -294,91 +306,3 @@ class DeviceSketch:
     def place(self) -> tuple[Sketches, int]:
         """The sketches that came with this one, and its place among them; waits until the copy is there."""
         return self.group.found(), self.index
-
-
-class Devices:
-    """The batches that fill, one for each stream of each device that has an edge.
-
-    Example:
-        >>> Devices().send()
-    """
-
-    def __init__(self) -> None:
-        self._batches: dict[tuple[torch.device, Hashable], DeviceBatch] = {}
-
-    def add(self, values: Values) -> DeviceSketch:
-        """Measure a tensor as it is now, where it lies; call it under `Unseen`.
-
-        Raises:
-            CapturingError: A CUDA graph is being captured.
-        """
-        while True:
-            found = self._batch(values.tensor.device).add(values)
-            if found is not None:
-                return found
-
-    def add_many(self, tensors: Sequence[torch.Tensor]) -> list[DeviceSketch]:
-        """The same for several tensors of one type, on one device; see `DeviceBatch`."""
-        while True:
-            found = self._batch(tensors[0].device).add_many(tensors)
-            if found is not None:
-                return found
-
-    def can_tally(self, tensor: torch.Tensor) -> bool:
-        """Whether units of a tensor, as `whole` gives it, are tallied by `tally`; call it under `Unseen`."""
-        return (
-            tensor.dtype in _TALLIED
-            and edge_for(tensor.device) is not None
-            and unit_kernel_for(tensor.device) is not None
-            and can_hide()
-        )
-
-    def tally(self, values: torch.Tensor, sides: tuple[int, int, int], slopes: Slopes | None) -> DeviceColumns:
-        """Tally units as they are now, where they lie; see `DeviceBatch`."""
-        while True:
-            found = self._batch(values.device).tally(values, sides, slopes)
-            if found is not None:
-                return found
-
-    def can_find_rows(self, gradient: torch.Tensor) -> bool:
-        """Whether rows of a gradient are looked at by `find_rows`; call it under `Unseen`."""
-        return is_plain(gradient) and unit_kernel_for(gradient.device) is not None and can_hide()
-
-    def find_rows(self, gradients: Sequence[torch.Tensor]) -> list[DeviceColumns]:
-        """Find which rows of gradients of one type, on one device, are not zero; see `DeviceBatch`."""
-        while True:
-            found = self._batch(gradients[0].device).find_rows(gradients)
-            if found is not None:
-                return found
-
-    def send(self) -> None:
-        """Start the copies to the host; what is added from then on travels later."""
-        batches, self._batches = self._batches, {}
-        for batch in batches.values():
-            batch.send()
-
-    def _batch(self, device: torch.device) -> DeviceBatch:
-        edge = edge_for(device)
-        assert edge is not None, f"{device} has no edge"
-        key = device, edge.stream(device)
-        batch = self._batches.get(key)
-        if batch is None or batch.is_full or batch.is_sent:
-            if batch is not None:
-                batch.send()
-            batch = self._batches[key] = DeviceBatch(device, edge)
-        return batch
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a kernel can read a tensor on a device from its address, beside others; call it under `Unseen`."""
-    return (
-        type(tensor) in PLAIN
-        and edge_for(tensor.device) is not None
-        and tensor.dtype in FLOATS
-        and tensor.layout is torch.strided
-        and tensor.numel() > 0
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-        and not tensor.is_nested
-        and tensor.data_ptr() != 0  # its storage is freed
-    )
