@@ -22,6 +22,7 @@ from instrument.measure.units import UnitTally
 from instrument.record.buffer import Buffer
 from instrument.record.documents import UNITS_TAG
 from instrument.record.reading import read_steps
+from instrument.watcher.rows import RowTallies
 
 from .training import read_back
 
@@ -643,3 +644,45 @@ def test_units_are_judged_at_most_once_in_the_interval_of_scalars(tmp_path: Path
     assert list(judged) == [0, 4, 8, 10]
     histograms, _ = read_back(tmp_path)
     assert histograms["Activations/1"] == list(range(11))
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_a_fault_in_the_rows_of_gradients_costs_no_gradient(
+    is_scaled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether gradients come at once or are made one by one, those of each step are recorded, and the fault told."""
+
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("no room for rows")
+
+    monkeypatch.setattr(RowTallies, "add", fails)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, fused=True)
+    with (
+        pytest.warns(InstrumentWarning, match="no room for rows"),
+        instrument.watch(model, logdir=tmp_path, interval=1) as watcher,
+    ):
+        for step in range(2):
+            optimizer.zero_grad()
+            model(data(step, 16, 4)).square().mean().backward()
+            if is_scaled:
+                optimizer.__dict__.update(grad_scale=torch.tensor(2.0), found_inf=torch.tensor(0.0))
+            optimizer.step()
+        watcher.flush()
+        assert [sum(tag.startswith("Gradients/") for tag in record) for record in watcher.history] == [4, 4]
+
+
+def test_elements_of_a_flat_shard_are_no_rows(tmp_path: Path) -> None:
+    """A layer whose weight lies flat, as sharding engines leave it, has no unit for each of its elements."""
+
+    class Flat(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return functional.linear(x, self.weight.view(8, 4), self.bias)
+
+    flat = Flat(4, 8)
+    flat.weight = nn.Parameter(flat.weight.detach().view(-1).clone())
+    model = nn.Sequential(flat, nn.Linear(8, 8), nn.Linear(8, 2))
+    status = train(model, tmp_path)
+    assert {name: (each.units, each.witness) for name, each in status.items()} == {
+        "0": (8, "activations"), "1": (8, "gradient rows")
+    }  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from instrument.measure import native
 from instrument.measure.histogram import INF_CODE, pure_codes
 from instrument.measure.sketch import CODES, FloatArray, IntArray, empty_moments
-from instrument.measure.tensors import chunks
+from instrument.measure.tensors import chunks, in_memory_order
 
 __all__ = ["MANY", "NARROW", "measure_patterns"]
 
@@ -87,7 +87,7 @@ def measure_patterns(tensor: torch.Tensor) -> tuple[IntArray, list[float]]:
 
 def _native_patterns(tensor: torch.Tensor) -> tuple[_Patterns, IntArray]:
     """The patterns that occur, and how often."""
-    pieces = chunks(tensor.view(torch.int16), _MOST)
+    pieces = chunks(tensor.view(torch.int16), _MOST if in_memory_order(tensor).is_contiguous() else BLOCK)
     found = [native.patterns_of(np.ascontiguousarray(piece.numpy()).view(np.uint16)) for piece in pieces]
     if len(found) == 1:
         return found[0]

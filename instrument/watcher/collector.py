@@ -250,18 +250,18 @@ class Collector:
             self.buffer.note_all(sites, wanted := [tensor for _, tensor in found])
         measure_later(wanted, self._sample_above, self._batch.devices, False, column)
         if found and found[0][0].kind == "gradients":
-            try:
-                self._rows.add(found, column, self._samples or 1)
-            except Exception as error:  # which must not cost the sketches
-                self._notices.failed("units by rows of gradients", error)
+            self._add_rows(found, column, 0)
+
+    def _add_rows(self, found: list[tuple[Site, torch.Tensor]], column: Column | None, first: int) -> None:
+        try:
+            self._rows.add(found, column, self._samples or 1, first)
+        except Exception as error:  # which must not cost the sketches
+            self._notices.failed("units by rows of gradients", error)
 
     def _wanted(
         self, tensors: Iterable[tuple[Site, torch.Tensor]], sites: list[Site], column: Column
     ) -> Iterator[torch.Tensor]:
-        """The tensors that are watched, with names that are selected; their sites are added to those given.
-
-        When the next one is asked for, the column has the last.
-        """
+        """Those watched, whose sites are added to those given; each is in the column when the next is asked for."""
         kinds, is_broken, note = self._kinds, self._notices.is_broken, self.buffer.note
         for site, tensor in tensors:
             if site.kind in kinds and not is_broken(site):
@@ -270,8 +270,7 @@ class Collector:
                 sites.append(site)
                 yield own
                 if site.kind == "gradients":
-                    measured = column if own is tensor else None
-                    self._rows.add([(site, tensor)], measured, self._samples or 1, len(column) - 1)
+                    self._add_rows([(site, tensor)], column if own is tensor else None, len(column) - 1)
 
     def judge(self, name: str, inputs: Any, output: Any, taken: list[Any]) -> None:
         """Tally the units of a module that has returned; see `UnitJudge.judge`.

@@ -59,7 +59,7 @@ class RowTallies:
             for (place, _, is_first), samples in zip(plan, every, strict=True):
                 site, gradient = found[place]
                 try:
-                    if not gradient.dim():
+                    if gradient.dim() < 2:  # a flat shard, whose elements are no rows
                         continue
                     item = column.items[first + place] if column is not None and is_first else None
                     if isinstance(item, int):
@@ -81,6 +81,9 @@ class RowTallies:
                 try:
                     tallies = rows_together(gradients, of, self._devices)
                 except UnmeasurableError:  # the next step goes another way, or a graph is captured, which is said
+                    continue
+                except Exception as error:
+                    self._notices.failed(f"units of {names[0]} and others", error)
                     continue
                 for name, tally in zip(names, tallies, strict=True):
                     self._buffer.add_units(name, tally)

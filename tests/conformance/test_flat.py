@@ -113,8 +113,9 @@ def train(path: Path) -> list[InUse]:
     with instrument.watch(model, kinds=KINDS, interval=10**6, config=config, logdir=path, strict=True) as watcher:
         for step in range(10_000):
             plain_step(model, optimizer, step)
+            if step % 100 == 99:
+                watcher.flush()  # what waits while the writer's thread gets no processor leaves pages half empty
             if step % 2000 == 1999:
-                watcher.flush()
                 found.append(in_use())
     return found
 

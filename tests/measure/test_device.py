@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from instrument.measure.custom_op import measure
 from instrument.measure.device import CapturingError, DeviceBatch, Devices, DeviceSketch, accumulate, accumulating
 from instrument.measure.device import batch as batches
 from instrument.measure.device import devices as devices_room
+from instrument.measure.device.columns import FIELDS, DeviceColumns
+from instrument.measure.device.edge import CudaEdge
+from instrument.measure.device.rows import WIDTH
 from instrument.measure.histogram import IntArray
 from instrument.measure.pending import Divided
 from instrument.measure.sketch import CODES, Sketch, empty_moments
@@ -310,3 +314,58 @@ def test_units_go_another_way_where_their_kernel_fails(broken: Broken, monkeypat
         assert tally_on_device(values, 1, None, devices).fetch().low.tolist() == [1.0, -5.0]
         assert not devices.can_find_rows(values)
     assert broken.asked == 1
+
+
+def test_readers_that_come_together_find_rows_and_columns() -> None:
+    """Three threads that ask while the copy is taken apart get their columns, however late they come."""
+    for run in range(20):
+        rows, _ = batch()
+        taken = [rows._columns.take(FIELDS, 8192) for _ in range(40)]
+        lates = [DeviceColumns(rows, number, first, 8192) for number, first, _ in taken[-3:]]
+        rows.send()
+        found: list[float] = []
+
+        def ask(late: DeviceColumns, delay: float, found: list[float] = found) -> None:
+            time.sleep(delay)
+            found.append(float(late.fetch()[0, 0]))
+
+        readers = [threading.Thread(target=ask, args=(late, n * run / 500)) for n, late in enumerate(lates)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        assert found == [float("inf")] * 3
+
+
+def test_columns_fill_a_batch_as_rows_do() -> None:
+    """34 MB of either are sent before the step ends."""
+    rows, _ = batch()
+    for _ in range(batches._MOST_ROWS * WIDTH // (FIELDS * 8192)):
+        rows._columns.take(FIELDS, 8192)
+    assert not rows.is_full
+    for _ in range(2):
+        rows._columns.take(FIELDS, 8192)
+    assert rows.is_full
+
+
+def test_a_stream_that_collects_keeps_rows_and_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA is told of every block that another stream reads than the one that fills it, and of none otherwise."""
+    told: list[tuple[str, object]] = []
+
+    class Block:
+        def record_stream(self, stream: object) -> None:
+            told.append(("record", self))
+
+    class Stream:
+        def wait_stream(self, stream: object) -> None:
+            told.append(("wait", stream))
+
+    rows, queue = batch()
+    rows.blocks, rows._columns.blocks = [Block()], [Block(), Block()]  # type: ignore[list-item]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: queue.current)
+    CudaEdge().collects(rows)
+    assert told == []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    CudaEdge().collects(rows)
+    assert told == [("wait", "first"), *(("record", block) for block in rows.memory)]
+    assert len(rows.memory) == 3

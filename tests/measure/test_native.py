@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import shutil
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -313,3 +314,15 @@ def test_rows_of_a_device_are_sketched_as_numpy_does(
         expected = sketches_of_rows(torch.from_numpy(rows))
     for field in ("codes", "counts", "ends", "numbers"):
         np.testing.assert_array_equal(getattr(found, field), getattr(expected, field), err_msg=field)
+
+
+@needs_c
+def test_a_large_tensor_with_gaps_is_copied_in_pieces() -> None:
+    """Patterns of 4 million bfloat16 that do not lie side by side are counted with room for a part at a time."""
+    tensor = torch.ones(8_000_000, dtype=torch.bfloat16)[::2]
+    tracemalloc.start()
+    try:
+        assert measure(tensor).count == 4_000_000
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+    finally:
+        tracemalloc.stop()

@@ -39,23 +39,12 @@ def accumulate(values: Values, codes: torch.Tensor, moments: torch.Tensor) -> No
         codes: Int64 of shape (4096,), added to in place.
         moments: Float64 of shape (5,), combined in place: count, sum, sum of squares, minimum, maximum.
     """
-    kernel = kernel_for(values.tensor.device)
-    if kernel is not None:
-        try:
-            return _accumulate(values, codes, moments, kernel)
-        except Exception as error:
-            give_up(kernel, error)
-    return _accumulate(values, codes, moments, None)
-
-
-def _accumulate(values: Values, codes: torch.Tensor, moments: torch.Tensor, kernel: Any) -> None:
-    """The same by a kernel, or without one."""
     tensor = values.tensor
-    if kernel is not None and values[1:] == (1, 0) and tensor.dtype in FLOATS and tensor.is_contiguous():
+    kernel = kernel_for(tensor.device)
+    if values[1:] == (1, 0) and tensor.dtype in FLOATS and tensor.is_contiguous():
         with on(tensor.device):
-            kernel.accumulate_values(tensor, codes, moments)
+            _add(tensor, codes, moments, kernel)
         return
-    add = _accumulate_plainly if kernel is None else kernel.accumulate_values
     own_codes, own_moments = codes, moments
     if values.repeat != 1:
         own_codes = torch.zeros_like(codes)
@@ -64,7 +53,7 @@ def _accumulate(values: Values, codes: torch.Tensor, moments: torch.Tensor, kern
             own_moments[place].fill_(value)
     with on(tensor.device):
         for piece in chunks(tensor, _PIECE if kernel is None else max(tensor.numel(), 1)):
-            add(_as_floats(piece), own_codes, own_moments)
+            _add(_as_floats(piece), own_codes, own_moments, kernel)
     if values.repeat != 1:
         codes += values.repeat * own_codes
         moments[:3] += values.repeat * own_moments[:3]
@@ -75,6 +64,19 @@ def _accumulate(values: Values, codes: torch.Tensor, moments: torch.Tensor, kern
         moments[0] += values.implied_zeros
         moments[3].clamp_(max=0.0)
         moments[4].clamp_(min=0.0)
+
+
+def _add(values: torch.Tensor, codes: torch.Tensor, moments: torch.Tensor, kernel: Any) -> None:
+    """Add contiguous values of a type in `FLOATS`, by a kernel where there is one that can be launched."""
+    if kernel is not None:
+        try:
+            kernel.accumulate_values(values, codes, moments)
+        except Exception as error:
+            give_up(kernel, error)
+        else:
+            return
+    for piece in chunks(values, _PIECE):
+        _accumulate_plainly(piece, codes, moments)
 
 
 def _as_floats(piece: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ _ROWS = 32
 """Rows of a block for tensors that come one by one."""
 
 _MOST_ROWS = 1024
-"""Rows of a batch, 34 MB, from which on it is sent though the step goes on."""
+"""Rows of a batch, 34 MB, or columns of as many bytes, from which on it is sent though the step goes on."""
 
 
 class DeviceBatch:
@@ -203,9 +203,14 @@ class DeviceBatch:
         return [found.part(int(end - count), int(count)) for end, count in zip(ends, rows, strict=True)]
 
     @property
+    def memory(self) -> list[torch.Tensor]:
+        """All blocks, of rows and of columns."""
+        return [*self.blocks, *self._columns.blocks]
+
+    @property
     def is_full(self) -> bool:
         """Whether it is time to send it."""
-        return self._used >= _MOST_ROWS
+        return self._used + self._columns.size // WIDTH >= _MOST_ROWS
 
     @property
     def is_there(self) -> bool:
@@ -219,7 +224,7 @@ class DeviceBatch:
             if self.is_sent:
                 return
             self.is_sent = True
-            blocks = [*self.blocks, *self._columns.blocks]
+            blocks = self.memory
             if not blocks:
                 return
             self._shapes = [tuple(block.shape) for block in self._columns.blocks]
@@ -253,11 +258,12 @@ class DeviceBatch:
                     raise self._failure
                 assert self._host is not None
                 rows = self._used * WIDTH
-                self._found = sketches_of_rows(self._host[:rows].view(self._used, WIDTH))
                 columns = self._host[rows:].numpy().copy()  # the memory that it came in is pinned, which is dear
                 ends = np.cumsum([math.prod(shape) for shape in self._shapes])[:-1].tolist()
                 parts = np.split(columns.view(np.float64), ends) if self._shapes else []
                 self._found_columns = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+                # Last, since who finds it there looks at the columns without the lock.
+                self._found = sketches_of_rows(self._host[:rows].view(self._used, WIDTH))
                 self._host = self._done = None
             return self._found
 

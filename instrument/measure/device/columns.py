@@ -28,6 +28,8 @@ class Columns:
     def __init__(self, device: torch.device) -> None:
         self.blocks: list[torch.Tensor] = []
         """Float64, of shape (fields, columns)."""
+        self.size = 0
+        """Numbers that they have room for, 8 bytes each."""
         self._device = device
         self._free: dict[int, tuple[int, int]] = {}
 
@@ -50,6 +52,7 @@ class Columns:
             block[0].fill_(math.inf)
             block[1].fill_(-math.inf)
         self.blocks.append(block)
+        self.size += block.numel()
         return len(self.blocks) - 1
 
 

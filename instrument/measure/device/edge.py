@@ -94,8 +94,8 @@ class CudaEdge:
         stream = torch.cuda.current_stream(batch.device)
         if stream != batch.stream:
             stream.wait_stream(batch.stream)
-            for rows in batch.blocks:
-                rows.record_stream(stream)
+            for block in batch.memory:
+                block.record_stream(stream)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["accumulate_runs", "accumulate_values", "kin_of", "runs_of"]
+__all__ = ["accumulate_runs", "accumulate_values", "kin_of", "runs_of", "unsigned_zero"]
 
 _WARPS = 8
 _ROW_BYTES = 16
@@ -158,6 +158,12 @@ def _add_carefully(read, mask, counts, total, squares, low, high, KIND: tl.const
 
 
 @triton.jit
+def unsigned_zero(value):
+    """A zero without a sign: Triton 3.2 orders extremes by their bits, and takes -0.0 for a number above zero."""
+    return tl.where(value == 0.0, 0.0, value)
+
+
+@triton.jit
 def _measure_run(
     values, size, codes_out, moments_out, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     FEW_ROWS: tl.constexpr, IS_SHARED: tl.constexpr,
@@ -215,8 +221,8 @@ def _measure_run(
     tl.atomic_add(moments_out, finite.to(tl.float64), sem="relaxed")
     tl.atomic_add(moments_out + 1, total, sem="relaxed")
     tl.atomic_add(moments_out + 2, square, sem="relaxed")
-    tl.atomic_min(moments_out + 3, low.to(tl.float64), sem="relaxed")
-    tl.atomic_max(moments_out + 4, high.to(tl.float64), sem="relaxed")
+    tl.atomic_min(moments_out + 3, unsigned_zero(low).to(tl.float64), sem="relaxed")
+    tl.atomic_max(moments_out + 4, unsigned_zero(high).to(tl.float64), sem="relaxed")
 
 
 @triton.jit

@@ -21,8 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from instrument.measure.device.kernel import kin_of
+from instrument.measure.device.kernel import kin_of, unsigned_zero
 from instrument.measure.slopes import NO_TAILS, Slopes
+from instrument.measure.units.shape import SPACING
 
 __all__ = ["find_rows", "row_table", "tally_positions", "tally_units"]
 
@@ -35,9 +36,6 @@ _SHORTEST = 1 << 15
 _MOST_PROGRAMS = 528
 """Programs, about: four for each of the 132 multiprocessors of a large device."""
 
-_EVERY = 64
-"""Of so many samples one is looked at for the mean square."""
-
 _ROWS = 32
 _GLANCE = 64
 """Values of each row of a gradient that are read at once."""
@@ -45,7 +43,7 @@ _GLANCE = 64
 _CHANGING = ("samples", "run")
 """Sizes that a last, smaller batch changes: another kernel for them would be compiled while the training waits."""
 
-_SPACING: tl.constexpr = tl.constexpr(_EVERY)
+_SPACING: tl.constexpr = tl.constexpr(SPACING)
 
 
 @triton.jit
@@ -116,6 +114,7 @@ def _add_samples(
 @triton.jit
 def _store(out, width, places, mask, low, high, square, nan, flat, alive, IS_JUDGED: tl.constexpr):
     """Add to the columns of units what was found of every one."""
+    low, high = unsigned_zero(low), unsigned_zero(high)
     tl.atomic_min(out + places, low.to(tl.float64), mask=mask, sem="relaxed")
     tl.atomic_max(out + width + places, high.to(tl.float64), mask=mask, sem="relaxed")
     tl.atomic_add(out + 2 * width + places, square, mask=mask & (square != 0.0), sem="relaxed")
@@ -145,7 +144,7 @@ def _units_kernel(
         )  # fmt: skip
     square = tl.zeros((UNITS,), tl.float64)
     rows = tl.arange(0, SAMPLES) * _SPACING
-    for first in range(start, end, SAMPLES * _SPACING):
+    for first in range((start + _SPACING - 1) // _SPACING * _SPACING, end, SAMPLES * _SPACING):
         mask = (first + rows < end)[:, None] & is_unit[None, :]
         read = tl.load(values + (first + rows)[:, None].to(tl.int64) * units + places[None, :], mask=mask, other=0)
         exact = _values(read, KIND).to(tl.float64)
@@ -232,12 +231,12 @@ def tally_units(values: torch.Tensor, samples: int, units: int, slopes: Slopes |
         units: Units, at least 1.
         slopes: Where the nonlinearity is flat; without it the columns of flat samples are left as they are.
         out: Float64 of shape (6, units), consecutive in its second dimension: the smallest value, the largest, the sum
-            of squares of every 64th sample, whether one was NaN, the flat samples, and whether one was not dead.
+            of squares of every `SPACING`th sample, whether one was NaN, the flat samples, and whether one was not dead.
     """
     across = _block_of(units, 16, 256)
     along = _BLOCK // across
     programs = -(-units // across)
-    run = _run(samples, programs, across, max(along, _EVERY))
+    run = _run(samples, programs, across, along)
     grid = programs, -(-samples // run)
     sizes = (samples, units, run)
     _of_units[grid](kin_of(values), out, out.stride(0), *sizes, *_limits(slopes), **_kinds(values, slopes),

@@ -12,10 +12,17 @@ import torch
 from instrument.measure.device import Devices
 from instrument.measure.histogram import FloatArray, IntArray
 from instrument.measure.slopes import Slopes
-from instrument.measure.units.shape import COUNTED, cube_of, sides
+from instrument.measure.units.shape import COUNTED, SPACING, cube_of, sides
 from instrument.measure.units.tally import BoolArray, DeviceTally, UnitTally
 
 __all__ = ["tally_on_device"]
+
+
+_LONG, _FEW = 4096, 256
+"""Positions, and images, for which operations of torch make better use of a device."""
+
+_MOST_SAMPLES = 2**31 - 2**24
+"""Samples that a kernel can count, and a block behind them."""
 
 
 def tally_on_device(
@@ -38,19 +45,21 @@ def tally_on_device(
         if lying is not None:
             samples = sides(tensor.shape, axis)[0]
             columns = devices.tally(tensor, lying, slopes)
-            sampled = math.ceil(lying[0] / COUNTED) * lying[1] * lying[2]
+            sampled = math.ceil(lying[0] / SPACING) * lying[1] * lying[2]
             return DeviceTally(columns, samples, lambda found: _of_columns(found, slopes, samples, sampled))
     return _by_operations(tensor, axis, slopes)
 
 
 def _lying(tensor: torch.Tensor, axis: int, slopes: Slopes | None) -> tuple[int, int, int] | None:
-    """Samples, units and positions in the order in which they lie; None where a kernel cannot read them so."""
-    samples, units, positions = cube = sides(tensor.shape, axis)
-    if tensor.is_contiguous():
-        return cube
-    if slopes is None and tensor.movedim(axis, -1).is_contiguous():  # channels last: a range is over samples anyway
-        return samples * positions, units, 1
-    return None
+    """Samples, units and positions in the order in which they lie; None where a kernel cannot read them well."""
+    samples, units, positions = lying = sides(tensor.shape, axis)
+    if not tensor.is_contiguous():
+        if slopes is not None or not tensor.movedim(axis, -1).is_contiguous():
+            return None
+        lying = samples * positions, units, 1  # channels last: a range is over samples anyway
+    # A few large images would be left to as few programs, and numbers of samples are of 32 bits.
+    is_idle = lying[2] > _LONG and samples * units < _FEW
+    return None if is_idle or lying[0] > _MOST_SAMPLES else lying
 
 
 def _of_columns(columns: npt.NDArray[np.float64], slopes: Slopes | None, samples: int, sampled: int) -> UnitTally:

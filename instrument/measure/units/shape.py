@@ -8,10 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["COUNTED", "SCALE_SAMPLE", "cube_of", "scale_steps", "sides"]
+__all__ = ["COUNTED", "SCALE_SAMPLE", "SPACING", "cube_of", "scale_steps", "sides"]
 
 COUNTED = 64
 """Samples of one call, at most, whose flatness is counted; their number fits into a byte."""
+
+SPACING = 61
+"""Of so many samples a kernel looks at one for the scale; a prime, so that it does not meet the same positions of each
+sequence, or one column of each image, alone."""
 
 SCALE_SAMPLE = 4096
 """Values of which the mean square is taken: it is a scale, and no statistic that anybody sees."""

@@ -147,7 +147,7 @@ class DeviceTally:
 
     Args:
         numbers: What was computed, on the device, or what travels to the host with other things.
-        samples: How many samples it is of, 0 for rows of a gradient.
+        samples: How many samples it is of.
         make: Makes the tally of `numbers` as an array.
     """
 
@@ -155,7 +155,7 @@ class DeviceTally:
 
     def __init__(self, numbers: torch.Tensor | DeviceColumns, samples: int, make: Callable[[Any], UnitTally]) -> None:
         self.samples = samples
-        """How many samples of a module's units it is of, known already."""
+        """How many samples it is of, known already."""
         self._numbers = Marked(numbers) if isinstance(numbers, torch.Tensor) else numbers
         self._make = make
 
