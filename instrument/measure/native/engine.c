@@ -58,7 +58,8 @@ enum { FLOAT32, BFLOAT16 };
 #define LANES 16
 #define RUN 2048 /* elements of a run: 8 kB of float32 */
 #define FIELDS 9
-#define GLANCE 64 /* counts that are looked at together, since most are zero */
+#define GLANCE 64 /* counts that are looked at together, since most are zero; a bit of 64 for each of `CODES` */
+#define FEW 256
 
 typedef struct {
     double count, total, squares, low, high;
@@ -304,47 +305,62 @@ EXPORT int64_t instrument_patterns(
 }
 
 /* The sketch of `size` values from `start` on: codes that occur and how often, as many as are returned; and sum, sum of
- * squares, minimum, maximum, count, zeros, NaN, Inf and share of the histogram. The first table holds zeros before and
- * after. */
+ * squares, minimum, maximum, count, zeros, NaN, Inf and share of the histogram. The first two tables hold zeros
+ * before and after. */
 PART int64_t sketch_one(
     const void *data, int kind, int64_t start, int64_t size, uint32_t (*tables)[CODES], float *room,
     uint16_t *codes, int64_t *counts, double *numbers)
 {
-    /* A few values are counted sooner in one table, which is all there is to be cleared and looked through then. */
-    int used_tables = size <= RUN ? 1 : TABLES, code, table, k;
+    /* Fewer tables are sooner cleared and looked through; of a few values, only where they were counted. */
+    int used_tables = size <= FEW ? 1 : size <= RUN ? 2 : TABLES, code, table, k;
+    uint64_t places = size <= FEW ? 0 : ~(uint64_t)0; /* a bit for each `GLANCE` codes */
     int64_t used = 0, end = start + size, length;
     double zeros = 0, nans = 0, infs = 0;
     Moments moments;
 
     begin(&moments);
-    if (used_tables > 1)
-        memset(tables[1], 0, (TABLES - 1) * sizeof tables[0]);
+    if (used_tables > 2)
+        memset(tables[2], 0, (TABLES - 2) * sizeof tables[0]);
     for (; start < end; start += length) {
         const float *x;
         length = end - start < RUN ? end - start : RUN;
         x = run_of(data, kind, start, length, room);
-        if (!add_plain(x, length, &moments))
+        if (!add_plain(x, length, &moments)) {
             add_rare(x, length, tables[0], &moments);
-        else if (used_tables > 1)
+            places = ~(uint64_t)0;
+        } else if (used_tables > 2) {
             count_plain(x, length, tables);
-        else
-            for (k = 0; k < length; k++)
+        } else if (used_tables > 1) {
+            for (k = 0; k < length - 1; k += 2) {
                 tables[0][bits_of(x[k]) >> CODE_SHIFT]++;
+                tables[1][bits_of(x[k + 1]) >> CODE_SHIFT]++;
+            }
+            for (; k < length; k++)
+                tables[0][bits_of(x[k]) >> CODE_SHIFT]++;
+        } else {
+            for (k = 0; k < length; k++) {
+                uint32_t found = bits_of(x[k]) >> CODE_SHIFT;
+                tables[0][found]++;
+                places |= (uint64_t)1 << found / GLANCE;
+            }
+        }
     }
-    for (table = 1; table < used_tables; table++)
+    for (table = 2; table < used_tables; table++)
         for (code = 0; code < CODES; code++)
             tables[0][code] += tables[table][code];
-    for (code = 0; code < CODES; code += GLANCE) {
+    for (code = 0; code < CODES; code += GLANCE, places >>= 1) {
         uint32_t any = 0;
+        if (!(places & 1))
+            continue;
         for (k = code; k < code + GLANCE; k++)
-            any |= tables[0][k];
+            any |= tables[0][k] | tables[1][k];
         if (!any)
             continue;
         for (k = code; k < code + GLANCE; k++) {
-            uint32_t count = tables[0][k];
+            uint32_t count = tables[0][k] + tables[1][k];
             if (!count)
                 continue;
-            tables[0][k] = 0;
+            tables[0][k] = tables[1][k] = 0;
             codes[used] = (uint16_t)k;
             counts[used++] = count;
             if (!(k & (SIGN - 1)))
@@ -415,7 +431,7 @@ WIDE EXPORT int64_t instrument_sketch(
     uint32_t tables[TABLES][CODES];
     float room[RUN];
 
-    memset(tables[0], 0, sizeof tables[0]);
+    memset(tables, 0, 2 * sizeof tables[0]);
     return sketch_one(data, kind, 0, size, tables, room, codes, counts, numbers);
 }
 
@@ -429,7 +445,7 @@ WIDE EXPORT int64_t instrument_sketches(
     float room[RUN];
     int64_t tensor, start = 0, used = 0;
 
-    memset(tables[0], 0, sizeof tables[0]);
+    memset(tables, 0, 2 * sizeof tables[0]);
     for (tensor = 0; tensor < many; tensor++) {
         used += sketch_one(
             data, kind, start, lengths[tensor], tables, room, codes + used, counts + used, numbers + tensor * FIELDS);
