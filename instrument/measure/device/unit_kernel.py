@@ -30,7 +30,7 @@ __all__ = ["find_rows", "row_table", "tally_positions", "tally_units"]
 _WARPS = 8
 _FEW_WARPS = 4
 _BLOCK = 2048
-"""Values of a block: eight for each thread."""
+"""Values of a block: eight for each thread. Blocks have one of three shapes, since a kernel is compiled for each."""
 
 _SHORTEST = 1 << 15
 _MOST_PROGRAMS = 528
@@ -233,7 +233,7 @@ def tally_units(values: torch.Tensor, samples: int, units: int, slopes: Slopes |
         out: Float64 of shape (6, units), consecutive in its second dimension: the smallest value, the largest, the sum
             of squares of every `SPACING`th sample, whether one was NaN, the flat samples, and whether one was not dead.
     """
-    across = _block_of(units, 16, 256)
+    across = next((side for side in (16, 64) if units <= side), 256)
     along = _BLOCK // across
     programs = -(-units // across)
     run = _run(samples, programs, across, along)
@@ -256,9 +256,8 @@ def tally_positions(
         slopes: As in `tally_units`.
         out: As in `tally_units`.
     """
-    # The block that leaves least room behind the last position, and of those the largest.
-    along = min((1024, 512, 256, 128), key=lambda side: -(-positions // side) * side)
-    along = min(along, _block_of(positions, 16, 1024))
+    # The side that leaves least room behind the last position, and of those the longest.
+    along = min((1024, 256, 64), key=lambda side: -(-positions // side) * side)
     across = _BLOCK // along
     programs = -(-units // across)
     run = _run(samples, programs, across * positions, 1)
@@ -303,11 +302,6 @@ def find_rows(like: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> Non
     _of_rows[(table.shape[0],)](
         kin_of(like), table, out, KIND=_name_of(like.dtype), ROWS=_ROWS, COLUMNS=_GLANCE, num_warps=_FEW_WARPS
     )
-
-
-def _block_of(size: int, least: int, most: int) -> int:
-    """Side of a block that takes in so many, where that can be; a power of two."""
-    return min(most, max(least, 1 << (size - 1).bit_length()))
 
 
 def _run(samples: int, programs: int, across: int, multiple: int) -> int:
