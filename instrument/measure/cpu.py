@@ -36,6 +36,7 @@ import torch
 from instrument.measure import native
 from instrument.measure.histogram import pure_codes, spread
 from instrument.measure.narrow import MANY, NARROW, measure_patterns
+from instrument.measure.parallel import PART, each, parts_of
 from instrument.measure.sketch import CODES, FloatArray, IntArray, Sketch, empty_moments
 from instrument.measure.tensors import Values, chunks, in_memory_order
 
@@ -106,10 +107,12 @@ def measure_cpu(values: Values, sample_above: int = 0) -> Sketch:
     """
     if sample_above and values.tensor.numel() > max(sample_above, SMALL) and not _has_patterns(values.tensor):
         return _measure_sampled(values, _stride(values.tensor, sample_above))
-    if values.repeat == 1 and not values.implied_zeros and 0 < values.tensor.numel() <= BLOCK:
-        if native.can_measure(values.tensor):
-            return native.sketch_of(values.tensor)
-        return Sketch.from_dense(*_measure_block(values.tensor))
+    if values.repeat == 1 and not values.implied_zeros and 0 < values.tensor.numel() <= PART:
+        tensor = in_memory_order(values.tensor)
+        if not _has_patterns(tensor) and native.can_measure(tensor):
+            return native.sketch_of(tensor)
+        if tensor.numel() <= BLOCK:
+            return Sketch.from_dense(*_measure_block(values.tensor))
     codes, moments = np.zeros(CODES, np.int64), empty_moments()
     accumulate_cpu(values, codes, moments)
     return Sketch.from_dense(codes, moments.tolist())
@@ -161,7 +164,7 @@ def _pieces(tensor: torch.Tensor, stride: int) -> Iterator[tuple[IntArray, list[
         yield measure_patterns(tensor)
         return
     if native.can_measure(tensor):
-        yield native.counts_of(tensor, stride)
+        yield from each(native.counts_of, parts_of(tensor)) if stride == 1 else [native.counts_of(tensor, stride)]
         return
     for piece in chunks(tensor, BLOCK):
         yield _measure_block(piece, stride)[:2]

@@ -17,6 +17,7 @@ import torch
 
 from instrument.measure import native
 from instrument.measure.histogram import INF_CODE, pure_codes
+from instrument.measure.parallel import each, parts_of
 from instrument.measure.sketch import CODES, FloatArray, IntArray, empty_moments
 from instrument.measure.tensors import chunks, in_memory_order
 
@@ -32,9 +33,6 @@ BLOCK = 262_144
 """Elements that are counted at once; with half as many the counts of all patterns are added up twice as often."""
 
 _Patterns: TypeAlias = "npt.NDArray[np.uint16]"
-
-_MOST = 1 << 30
-"""Elements whose counts fit into 32 bits, whatever they are."""
 
 
 class _Meaning(NamedTuple):
@@ -87,14 +85,19 @@ def measure_patterns(tensor: torch.Tensor) -> tuple[IntArray, list[float]]:
 
 def _native_patterns(tensor: torch.Tensor) -> tuple[_Patterns, IntArray]:
     """The patterns that occur, and how often."""
-    pieces = chunks(tensor.view(torch.int16), _MOST if in_memory_order(tensor).is_contiguous() else BLOCK)
-    found = [native.patterns_of(np.ascontiguousarray(piece.numpy()).view(np.uint16)) for piece in pieces]
+    patterns = in_memory_order(tensor.view(torch.int16))
+    pieces = parts_of(patterns) if patterns.is_contiguous() else chunks(patterns, BLOCK)
+    found = each(_patterns_in, list(pieces))
     if len(found) == 1:
         return found[0]
     counts = np.zeros(native.PATTERNS, np.int64)
     for present, often in found:
         counts[present] += often
     return _present(counts)
+
+
+def _patterns_in(piece: torch.Tensor) -> tuple[_Patterns, IntArray]:
+    return native.patterns_of(np.ascontiguousarray(piece.numpy()).view(np.uint16))
 
 
 def _patterns(tensor: torch.Tensor) -> tuple[_Patterns, IntArray]:

@@ -1,0 +1,73 @@
+"""Parts of one large tensor measured at the same time, by as many threads as torch computes an operation with.
+
+The parts depend on the size of the tensor alone, so that its sketch is the same to the bit with any number of threads.
+The threads live for the call: none has to be told of a fork, or to be ended. On two cores that are shared with others
+to start one took up to half a millisecond, in which 600,000 elements are measured: 10 million took 0.9 of the time in
+two threads, 40 million 0.66.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+__all__ = ["PART", "each", "parts_of"]
+
+PART = 1 << 23
+"""Elements of a part, at most: less is not worth a thread."""
+
+_Part = TypeVar("_Part")
+_Found = TypeVar("_Found")
+
+
+def parts_of(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Parts of a contiguous tensor, of about the same size.
+
+    Example:
+        >>> [part.numel() for part in parts_of(torch.empty(10_000_000))]
+        [5000000, 5000000]
+    """
+    size = tensor.numel()
+    many = -(-size // PART)
+    return tensor.view(-1).split(-(-size // many)) if many > 1 else (tensor,)
+
+
+def each(function: Callable[[_Part], _Found], parts: Sequence[_Part]) -> list[_Found]:
+    """What a function gives for each part, in their order.
+
+    Args:
+        function: Called from several threads; it gives the interpreter lock up while it computes.
+        parts: One at least.
+
+    Raises:
+        Exception: What the function raised.
+    """
+    many = min(torch.get_num_threads(), len(parts))
+    found: dict[int, _Found] = {}
+
+    def work(first: int) -> None:
+        for place in range(first, len(parts), many):
+            found[place] = function(parts[place])
+
+    def help_with(first: int) -> None:
+        with contextlib.suppress(Exception):  # the caller meets it again
+            work(first)
+
+    helpers = []
+    for first in range(1, many):
+        helper = threading.Thread(target=help_with, args=(first,), name="instrument-measure", daemon=True)
+        try:
+            helper.start()
+        except RuntimeError:  # the interpreter ends, or the system has no more threads
+            break
+        helpers.append(helper)
+    try:
+        work(0)
+    finally:
+        for helper in helpers:
+            helper.join()
+    return [found[place] if place in found else function(part) for place, part in enumerate(parts)]

@@ -1,0 +1,88 @@
+"""Large tensors measured in parts, by several threads: the same sketch whoever measures what."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from instrument import measure
+from instrument.measure import cpu, parallel
+
+from .twin import assert_measures
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Parts of a million elements, and torch's number of threads as it was."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(parallel, "PART", 1 << 20)
+    monkeypatch.setattr(cpu, "PART", 1 << 20)
+    yield
+    torch.set_num_threads(threads)
+
+
+def large(dtype: torch.dtype) -> torch.Tensor:
+    values = torch.randn(3_500_001, generator=torch.Generator().manual_seed(0))
+    values[[5, 1_000_000, 3_500_000]] = torch.tensor([float("nan"), float("inf"), 0.0])
+    return values.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_sketch_is_the_same_with_any_number_of_threads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, and that of a float64 twin; three threads are there for the call and gone after it."""
+    started: list[str] = []
+    start = threading.Thread.start
+
+    def watched(self: threading.Thread) -> None:
+        started.append(self.name)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", watched)
+    tensor, before = large(dtype), threading.active_count()
+    torch.set_num_threads(1)
+    alone = measure(tensor)
+    assert started == []
+    torch.set_num_threads(3)
+    together = measure(tensor)
+    assert started == ["instrument-measure"] * 2
+    assert threading.active_count() == before
+    assert together == alone
+    assert_measures(together, tensor.double().numpy())
+
+
+def test_where_no_thread_can_be_started_the_caller_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of the interpreter, and where the system has no more threads, the sketch is the same."""
+    torch.set_num_threads(3)
+    tensor = large(torch.float32)
+    expected = measure(tensor)
+
+    def fails(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    assert measure(tensor) == expected
+
+
+def test_what_a_part_raises_is_raised() -> None:
+    """Whichever thread met it, the caller gets the error, and every thread is gone."""
+    torch.set_num_threads(3)
+    before = threading.active_count()
+    for bad in range(4):
+        with pytest.raises(ZeroDivisionError):
+            parallel.each(lambda part, bad=bad: 1 // (part - bad), range(4))  # type: ignore[misc]
+    assert threading.active_count() == before
+    assert parallel.each(lambda part: part * part, range(7)) == [n * n for n in range(7)]
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20, (1 << 20) + 1, 5_000_000])
+def test_parts_hold_each_element_once(size: int) -> None:
+    """Parts are of about the same size, none above the limit."""
+    parts = parallel.parts_of(torch.arange(size))
+    sizes = [part.numel() for part in parts]
+    assert np.array_equal(torch.cat(list(parts)), torch.arange(size))
+    assert max(sizes) <= 1 << 20
+    assert max(sizes) - min(sizes) < len(sizes)
