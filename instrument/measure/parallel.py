@@ -9,6 +9,7 @@ two threads, 40 million 0.66.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -46,7 +47,8 @@ def each(function: Callable[[_Part], _Found], parts: Sequence[_Part]) -> list[_F
     Raises:
         Exception: What the function raised.
     """
-    many = min(torch.get_num_threads(), len(parts))
+    # A thread that starts while the interpreter ends waits for its lock for ever, and with it who started it.
+    many = 1 if sys.is_finalizing() else min(torch.get_num_threads(), len(parts))
     found: dict[int, _Found] = {}
 
     def work(first: int) -> None:
@@ -57,17 +59,28 @@ def each(function: Callable[[_Part], _Found], parts: Sequence[_Part]) -> list[_F
         with contextlib.suppress(Exception):  # the caller meets it again
             work(first)
 
-    helpers = []
-    for first in range(1, many):
-        helper = threading.Thread(target=help_with, args=(first,), name="instrument-measure", daemon=True)
-        try:
-            helper.start()
-        except RuntimeError:  # the interpreter ends, or the system has no more threads
-            break
-        helpers.append(helper)
+    helpers: list[threading.Thread] = []
     try:
+        for first in range(1, many):
+            helpers.append(threading.Thread(target=help_with, args=(first,), name="instrument-measure", daemon=True))
+            try:
+                helpers[-1].start()
+            except RuntimeError:  # the system has no more threads
+                break
         work(0)
     finally:
-        for helper in helpers:
-            helper.join()
+        _join(helpers)
     return [found[place] if place in found else function(part) for place, part in enumerate(parts)]
+
+
+def _join(helpers: Sequence[threading.Thread]) -> None:
+    """Return when all have ended: they read memory that is the caller's, whom Ctrl-C may call away."""
+    interrupt: KeyboardInterrupt | None = None
+    for helper in helpers:
+        while helper.is_alive():
+            try:
+                helper.join()
+            except KeyboardInterrupt as error:
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt

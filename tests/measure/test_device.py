@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -290,16 +292,26 @@ def test_where_triton_cannot_compile_operations_of_torch_measure(broken: Broken,
     assert (len(told), broken.asked) == (1, 1)
 
 
-def test_no_memory_is_no_fault_of_triton(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the device has no memory left the error is passed on, and kernels are asked for again."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ],
+)
+def test_what_the_device_lacks_is_no_fault_of_triton(
+    error: Exception, broken: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it has no memory left, or failed before, the error is passed on, and kernels are asked for again."""
 
     def fails(*arguments: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(broken, "accumulate_values", fails, raising=False)
     rows, _ = batch()
     for _ in range(2):
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(type(error), match=re.escape(str(error))):
             add(rows, torch.ones(3))
     assert accumulating.kernel_for(torch.device("cpu")) is broken
 
@@ -369,3 +381,38 @@ def test_a_stream_that_collects_keeps_rows_and_columns(monkeypatch: pytest.Monke
     CudaEdge().collects(rows)
     assert told == [("wait", "first"), *(("record", block) for block in rows.memory)]
     assert len(rows.memory) == 3
+
+
+def test_what_was_measured_before_a_launch_failed_counts_once(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tensor of several launches of which the second fails, the rest is measured another way."""
+    monkeypatch.setattr(accumulating, "_LAUNCH", 1000)
+    calls: list[int] = []
+
+    def fails_second(values: torch.Tensor, codes: torch.Tensor, moments: torch.Tensor) -> None:
+        calls.append(values.numel())
+        if len(calls) == 2:
+            raise RuntimeError("Failed to find C compiler")
+        accumulating._accumulate_plainly(values, codes, moments)
+
+    monkeypatch.setattr(broken, "accumulate_values", fails_second, raising=False)
+    rows, _ = batch()
+    with pytest.warns(InstrumentWarning, match="Triton cannot be used"):
+        found = add(rows, torch.ones(3000))
+    assert (found.sketch().count, found.sketch().total, calls) == (3000, 3000.0, [1000, 1000])
+
+
+def test_rows_of_a_second_type_go_another_way_when_the_first_has_failed(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that was there when they were asked about, and is given up, is no fault of ours."""
+    monkeypatch.setattr(devices_room, "edge_for", lambda device: Queue())
+    devices, gradient = Devices(), torch.ones(2, 3)
+    with Unseen():
+        assert devices.can_find_rows(gradient)
+        for _ in range(2):
+            with warnings.catch_warnings(), pytest.raises(UnmeasurableError, match="could not be launched"):
+                warnings.simplefilter("ignore")
+                devices.find_rows([gradient])
+            with pytest.raises(UnmeasurableError, match="could not be launched"):
+                devices.tally(gradient, (2, 3, 1), None)
+    assert broken.asked == 1

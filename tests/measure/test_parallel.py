@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -86,3 +89,47 @@ def test_parts_hold_each_element_once(size: int) -> None:
     assert np.array_equal(torch.cat(list(parts)), torch.arange(size))
     assert max(sizes) <= 1 << 20
     assert max(sizes) - min(sizes) < len(sizes)
+
+
+ENDING = """
+import sys
+import torch
+from instrument import measure
+
+
+class Last:
+    def __init__(self):
+        self.values, self.measure, self.sys = torch.ones(10_000_000), measure, sys
+        self.measure(self.values)
+
+    def __del__(self):
+        print(self.sys.is_finalizing(), self.measure(self.values).count, flush=True)
+
+
+torch.set_num_threads(2)
+last = Last()
+last.itself = last
+"""
+
+
+def test_a_measurement_while_the_interpreter_ends_starts_no_thread() -> None:
+    """A finalizer of the last moment measures a large tensor, or hears that nothing can be imported; the process ends."""
+    result = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, check=False, timeout=60)
+    assert result.stdout.strip() == "True 10000000" or "likely shutting down" in result.stderr, result.stderr[-2000:]
+
+
+def test_an_interrupt_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the caller waits for its helpers is raised when they have ended."""
+    torch.set_num_threads(3)
+    before, join, interrupts = threading.active_count(), threading.Thread.join, [KeyboardInterrupt()]
+
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        join(self, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        parallel.each(lambda part: time.sleep(0.1 * part), range(3))
+    assert threading.active_count() == before
+    assert not interrupts

@@ -16,13 +16,24 @@ from instrument.measure.device.rows import NEW_MOMENTS
 from instrument.measure.histogram import CODES, SIGN
 from instrument.measure.tensors import Values, chunks
 
-__all__ = ["FLOATS", "accumulate", "give_up", "kernel_for", "launching", "on", "unit_kernel_for"]
+__all__ = ["FLOATS", "GIVEN_UP", "accumulate", "give_up", "kernel_for", "launching", "on", "unit_kernel_for"]
 
 _PIECE = 1 << 22
 """Elements that are worked on at once without Triton, where float64 copies of them are made."""
 
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 """Types that the kernels read."""
+
+_LAUNCH = 1 << 30
+"""Elements that one launch of a kernel measures: what it has not measured goes another way where it fails."""
+
+GIVEN_UP = "a kernel could not be launched; others will not be asked for"
+"""Why units are not tallied."""
+
+_NO_FAULT = (
+    "out of memory", "CUDA error:", "device-side assert", "illegal memory access", "unspecified launch failure"
+)  # fmt: skip
+"""Words of errors that are no fault of Triton's."""
 
 _given_up: list[Any] = []
 """Modules with kernels that could not be launched."""
@@ -68,15 +79,17 @@ def accumulate(values: Values, codes: torch.Tensor, moments: torch.Tensor) -> No
 
 def _add(values: torch.Tensor, codes: torch.Tensor, moments: torch.Tensor, kernel: Any) -> None:
     """Add contiguous values of a type in `FLOATS`, by a kernel where there is one that can be launched."""
-    if kernel is not None:
-        try:
-            kernel.accumulate_values(values, codes, moments)
-        except Exception as error:
-            give_up(kernel, error)
-        else:
-            return
-    for piece in chunks(values, _PIECE):
-        _accumulate_plainly(piece, codes, moments)
+    for piece in (values,) if values.numel() <= _LAUNCH else chunks(values, _LAUNCH):
+        if kernel is not None:
+            try:
+                kernel.accumulate_values(piece, codes, moments)
+            except Exception as error:
+                give_up(kernel, error)
+                kernel = None
+            else:
+                continue
+        for part in chunks(piece, _PIECE):
+            _accumulate_plainly(part, codes, moments)
 
 
 def _as_floats(piece: torch.Tensor) -> torch.Tensor:
@@ -125,9 +138,10 @@ def give_up(kernel: Any, error: Exception) -> None:
         error: What it raised.
 
     Raises:
-        Exception: The error, where that is no fault of Triton's: the device has no memory left.
+        Exception: The error, where that is no fault of Triton's: the device has no memory left, or what was launched
+            before has failed.
     """
-    if isinstance(error, torch.OutOfMemoryError):
+    if any(words in str(error) for words in _NO_FAULT):
         raise error
     if kernel not in _given_up:
         _given_up.append(kernel)
@@ -149,7 +163,7 @@ def launching(kernel: Any) -> Iterator[None]:
         yield
     except Exception as error:
         give_up(kernel, error)
-        raise UnmeasurableError("a kernel could not be launched; others will not be asked for") from error
+        raise UnmeasurableError(GIVEN_UP) from error
 
 
 @functools.cache

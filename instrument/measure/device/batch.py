@@ -26,8 +26,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from instrument.errors import UnmeasurableError
 from instrument.measure.columns import Sketches
 from instrument.measure.device.accumulating import (
+    GIVEN_UP,
     accumulate,
     give_up,
     kernel_for,
@@ -135,8 +137,9 @@ class DeviceBatch:
                 of = np.flatnonzero(is_aligned == aligned)
                 if of.size:
                     table = kernel.runs_of(sizes[of], addresses[of], numbers[of], tensors[0].itemsize)
+                    runs = self._edge.to_device(table, self.device)
                     try:
-                        kernel.accumulate_runs(tensors[0], self._edge.to_device(table, self.device), block, aligned)
+                        kernel.accumulate_runs(tensors[0], runs, block, aligned)
                     except Exception as error:
                         give_up(kernel, error)
                         return self.add_many(tensors)
@@ -157,9 +160,11 @@ class DeviceBatch:
             CapturingError: A CUDA graph is being captured.
             UnmeasurableError: The kernel could not be launched, and will not be asked for again.
         """
-        kernel = unit_kernel_for(self.device)
         if self._edge.is_capturing():
             raise CapturingError
+        kernel = unit_kernel_for(self.device)
+        if kernel is None:  # given up since it was asked for
+            raise UnmeasurableError(GIVEN_UP)
         with self._lock, on(self.device):
             if self.is_sent:
                 return None
@@ -185,9 +190,11 @@ class DeviceBatch:
             CapturingError: A CUDA graph is being captured.
             UnmeasurableError: The kernel could not be launched, and will not be asked for again.
         """
-        kernel = unit_kernel_for(self.device)
         if self._edge.is_capturing():
             raise CapturingError
+        kernel = unit_kernel_for(self.device)
+        if kernel is None:  # given up since it was asked for
+            raise UnmeasurableError(GIVEN_UP)
         rows = np.array([len(gradient) for gradient in gradients])
         lengths = np.array([gradient.numel() for gradient in gradients]) // rows
         addresses = np.array([gradient.data_ptr() for gradient in gradients])
@@ -196,8 +203,9 @@ class DeviceBatch:
             if self.is_sent:
                 return None
             number, first, out = self._columns.take(1, int(rows.sum()))
+            on_device = self._edge.to_device(table, self.device)
             with launching(kernel):
-                kernel.find_rows(gradients[0], self._edge.to_device(table, self.device), out[0])
+                kernel.find_rows(gradients[0], on_device, out[0])
         ends = np.cumsum(rows)
         found = DeviceColumns(self, number, first, int(ends[-1]))
         return [found.part(int(end - count), int(count)) for end, count in zip(ends, rows, strict=True)]
