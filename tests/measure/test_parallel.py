@@ -113,7 +113,7 @@ last.itself = last
 
 
 def test_a_measurement_while_the_interpreter_ends_starts_no_thread() -> None:
-    """A finalizer of the last moment measures a large tensor, or hears that nothing can be imported; the process ends."""
+    """A finalizer of the last moment measures a large tensor, or hears that it cannot; the process ends."""
     result = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, check=False, timeout=60)
     assert result.stdout.strip() == "True 10000000" or "likely shutting down" in result.stderr, result.stderr[-2000:]
 
