@@ -171,7 +171,7 @@ def measure_later(
                             every_group.append(group)
                             place = group.add(tensor, size, address)
                         found.append(first + place)
-                    elif _is_launched_with_others(tensor):
+                    elif is_plain(tensor):
                         together = waiting.setdefault((tensor.device, tensor.dtype), _Waiting())
                         together.add(len(found), tensor)
                         found.append(_NOT_LAUNCHED)
@@ -217,11 +217,6 @@ def _are_taken_together(tensors: Sequence[torch.Tensor], column: Column, sample_
         except Exception as error:
             column.items.append(error)
     return True
-
-
-def _is_launched_with_others(tensor: torch.Tensor) -> bool:
-    """Whether a tensor on a GPU is measured by one launch together with others."""
-    return is_plain(tensor) and can_hide()
 
 
 class _Waiting:

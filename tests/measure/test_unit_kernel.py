@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +9,7 @@ import pytest
 
 from instrument.measure.device import unit_kernel
 
-ROOT = Path(__file__).parents[2]
+from .child import answer
 
 CHILD = """
 import importlib
@@ -37,8 +33,15 @@ from tests.measure.test_device import Queue
 
 warnings.simplefilter("ignore")
 queue = Queue()
-for name in ("measure.device.devices", "measure.device.late", "measure.batch", "watcher.collector"):
-    importlib.import_module("instrument." + name).edge_for = lambda device: queue
+
+
+def take_for_devices(edge):
+    '''From now on all tensors lie on devices of this edge, or on none.'''
+    for name in ("measure.device.devices", "measure.device.late", "measure.batch", "watcher.collector"):
+        importlib.import_module("instrument." + name).edge_for = lambda device: edge
+
+
+take_for_devices(queue)
 generator = torch.Generator().manual_seed(0)
 checked = {"tallies": 0, "rows": 0, "steps": 0, "launches": 0}
 
@@ -146,11 +149,9 @@ def train(directory):
     return watcher
 
 
-for name in ("measure.device.devices", "measure.device.late", "measure.batch", "watcher.collector"):
-    importlib.import_module("instrument." + name).edge_for = lambda device: None
+take_for_devices(None)
 plain = train(mkdtemp())
-for name in ("measure.device.devices", "measure.device.late", "measure.batch", "watcher.collector"):
-    importlib.import_module("instrument." + name).edge_for = lambda device: queue
+take_for_devices(queue)
 importlib.import_module("instrument.measure.batch").small = lambda tensor: (0, 0)
 importlib.import_module("instrument.measure.batch").small_together = lambda tensors: None
 
@@ -225,17 +226,6 @@ for kind in ("bfloat16", "float64"):
 compiled(kernel._runs_kernel, "bfloat16", {**sides, "COLUMNS": 8, "IS_ALIGNED": True}, 8, {"maxnreg": 80})
 print(json.dumps(found))
 """
-
-
-def answer(program: str, **settings: str) -> object:
-    path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "PYTHONPATH": path, **settings}
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        capture_output=True, text=True, env=environment, check=False, timeout=600,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout)
 
 
 def test_the_kernels_tally_as_a_twin_does() -> None:

@@ -160,11 +160,7 @@ class DeviceBatch:
             CapturingError: A CUDA graph is being captured.
             UnmeasurableError: The kernel could not be launched, and will not be asked for again.
         """
-        if self._edge.is_capturing():
-            raise CapturingError
-        kernel = unit_kernel_for(self.device)
-        if kernel is None:  # given up since it was asked for
-            raise UnmeasurableError(GIVEN_UP)
+        kernel = self._unit_kernel()
         with self._lock, on(self.device):
             if self.is_sent:
                 return None
@@ -190,11 +186,7 @@ class DeviceBatch:
             CapturingError: A CUDA graph is being captured.
             UnmeasurableError: The kernel could not be launched, and will not be asked for again.
         """
-        if self._edge.is_capturing():
-            raise CapturingError
-        kernel = unit_kernel_for(self.device)
-        if kernel is None:  # given up since it was asked for
-            raise UnmeasurableError(GIVEN_UP)
+        kernel = self._unit_kernel()
         rows = np.array([len(gradient) for gradient in gradients])
         lengths = np.array([gradient.numel() for gradient in gradients]) // rows
         addresses = np.array([gradient.data_ptr() for gradient in gradients])
@@ -283,6 +275,15 @@ class DeviceBatch:
         """
         self.found()
         return self._found_columns[number]
+
+    def _unit_kernel(self) -> Any:
+        """The module with the kernels of units, where one may be launched now."""
+        if self._edge.is_capturing():
+            raise CapturingError
+        kernel = unit_kernel_for(self.device)
+        if kernel is None:  # given up since it was asked for
+            raise UnmeasurableError(GIVEN_UP)
+        return kernel
 
     def _new_block(self, rows: int) -> tuple[int, torch.Tensor]:
         """A block of accumulators of nothing, behind those there are, and the number of its first row."""

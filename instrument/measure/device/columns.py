@@ -40,10 +40,11 @@ class Columns:
             fields: `FIELDS`, of which the first begins at +inf and the second at -inf, or 1; all else begins at zero.
             count: How many, at least 1.
         """
+        room = count + count % 2  # so that what follows begins at 16 bytes
         number, first = self._free.get(fields, (-1, 0))
         if number < 0 or first + count > self.blocks[number].shape[1]:
-            number, first = self._new_block(fields, max(_WIDTH, -(-count // 2) * 2)), 0
-        self._free[fields] = number, first + -(-count // 2) * 2  # of two columns of float64 each begins at 16 bytes
+            number, first = self._new_block(fields, max(_WIDTH, room)), 0
+        self._free[fields] = number, first + room
         return number, first, self.blocks[number][:, first : first + count]
 
     def _new_block(self, fields: int, width: int) -> int:

@@ -66,7 +66,7 @@ class Devices:
 
     def can_find_rows(self, gradient: torch.Tensor) -> bool:
         """Whether rows of a gradient are looked at by `find_rows`; call it under `Unseen`."""
-        return is_plain(gradient) and unit_kernel_for(gradient.device) is not None and can_hide()
+        return is_plain(gradient) and unit_kernel_for(gradient.device) is not None
 
     def find_rows(self, gradients: Sequence[torch.Tensor]) -> list[DeviceColumns]:
         """Find which rows of gradients of one type, on one device, are not zero; see `DeviceBatch`."""
@@ -94,7 +94,7 @@ class Devices:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a kernel can read a tensor on a device from its address, beside others; call it under `Unseen`."""
+    """Whether a kernel can read a tensor on a device from its address, beside others; ask it under `Unseen`."""
     return (
         type(tensor) in PLAIN
         and edge_for(tensor.device) is not None
@@ -105,4 +105,5 @@ def is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.is_neg()
         and not tensor.is_nested
         and tensor.data_ptr() != 0  # its storage is freed
+        and can_hide()
     )

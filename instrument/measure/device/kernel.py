@@ -24,7 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["accumulate_runs", "accumulate_values", "kin_of", "runs_of", "unsigned_zero"]
+__all__ = [
+    "accumulate_runs", "accumulate_values", "bits_of", "kin_of", "name_of", "runs_of", "shared_out", "unsigned_zero"
+]  # fmt: skip
 
 _WARPS = 8
 _ROW_BYTES = 16
@@ -41,9 +43,6 @@ _MOST_RUNS = 396
 
 _REGISTERS = 80
 """Registers of a thread, at most, so that three programs find room on a multiprocessor."""
-
-_PIECE = 1 << 30
-"""Elements a launch, so that places within one fit into 32 bits."""
 
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _IS_SHARED = torch.version.hip is None and not _IS_INTERPRETED
@@ -91,7 +90,7 @@ def _cleared(counts, IS_SHARED: tl.constexpr):
 
 
 @triton.jit
-def _bits(read, KIND: tl.constexpr):
+def bits_of(read, KIND: tl.constexpr):
     """The bits of what was read as float32."""
     if KIND == "bfloat16":  # its bits are the upper half of a float32
         return read.to(tl.int16, bitcast=True).to(tl.int32) << 16
@@ -104,7 +103,7 @@ def _add_plainly(read, counts, total, squares, low, high, least, KIND: tl.conste
 
     What shows whether that is so comes along: a sum that is not finite, and the least magnitude that is not zero.
     """
-    bits = _bits(read, KIND)
+    bits = bits_of(read, KIND)
     value = read if KIND == "float64" else bits.to(tl.float32, bitcast=True)
     if IS_SHARED:
         slots = counts + ((bits >> 18) & 0x3FFC)
@@ -134,7 +133,7 @@ def _add_carefully(read, mask, counts, total, squares, low, high, KIND: tl.const
         magnitude = bits & 0x7FFFFFFF
         is_tiny = (magnitude < 0x100000) & (value != 0.0)
     else:
-        bits = _bits(read, KIND)
+        bits = bits_of(read, KIND)
         value = bits.to(tl.float32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
         is_finite = magnitude < 0x7F800000
@@ -263,15 +262,15 @@ def accumulate_values(values: torch.Tensor, codes: torch.Tensor, moments: torch.
     """Add the values of a tensor to accumulators on its device; nothing waits.
 
     Args:
-        values: Contiguous, of any shape, float16, bfloat16, float32 or float64.
+        values: Contiguous, of any shape, float16, bfloat16, float32 or float64; 2**30 at most, so that places fit into
+            32 bits.
         codes: Int64 of shape (4096,).
         moments: Float64 of shape (5,): count, sum, sum of squares, minimum, maximum.
     """
-    for piece in values.view(-1).split(_PIECE) if values.numel() > _PIECE else (values,):
-        size = piece.numel()
-        if size:
-            run = _run_length(size)
-            _values[(-(-size // run),)](kin_of(piece), codes, moments, size, run, **_options(values.dtype))
+    size = values.numel()
+    if size:
+        run = _run_length(size)
+        _values[(-(-size // run),)](kin_of(values), codes, moments, size, run, **_options(values.dtype))
 
 
 def runs_of(
@@ -289,11 +288,16 @@ def runs_of(
         Of shape (runs, 3): address of the first value, number of values, and row of accumulators.
     """
     run = _run_length(int(sizes.sum()), 4)
-    counts = -(-sizes // run)
-    owners = np.repeat(np.arange(sizes.size), counts)
-    starts = run * (np.arange(owners.size) - np.repeat(np.cumsum(counts) - counts, counts))
+    owners, numbers = shared_out(-(-sizes // run))
+    starts = run * numbers
     sizes_left = np.minimum(sizes[owners] - starts, run)
     return np.stack((addresses[owners] + itemsize * starts, sizes_left, rows[owners]), axis=1)
+
+
+def shared_out(programs: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of so many programs for each of several tensors: the tensor of each program, and its number among those."""
+    owners = np.repeat(np.arange(programs.size), programs)
+    return owners, np.arange(owners.size) - np.repeat(np.cumsum(programs) - programs, programs)
 
 
 def accumulate_runs(like: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, is_aligned: bool) -> None:
@@ -321,10 +325,15 @@ def kin_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
+def name_of(dtype: torch.dtype) -> str:
+    """What kernels call a type."""
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
 def _options(dtype: torch.dtype) -> dict[str, Any]:
-    kind = str(dtype).removeprefix("torch.")
     return {
-        "KIND": kind,
+        "KIND": name_of(dtype),
         "ROWS": _ROWS,
         "FEW_ROWS": _FEW_ROWS,
         "COLUMNS": _ROW_BYTES // dtype.itemsize,

@@ -12,7 +12,6 @@ launch and one read, and add to columns that travel with the sketches.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from instrument.measure.device.kernel import kin_of, unsigned_zero
+from instrument.measure.device.kernel import bits_of, kin_of, name_of, shared_out, unsigned_zero
 from instrument.measure.slopes import NO_TAILS, Slopes
 from instrument.measure.units.shape import SPACING
 
@@ -49,27 +48,28 @@ _SPACING: tl.constexpr = tl.constexpr(SPACING)
 @triton.jit
 def _values(read, KIND: tl.constexpr):
     """What was read as float32."""
-    if KIND == "bfloat16":  # its bits are the upper half of a float32
-        return (read.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return read.to(tl.float32)
+    return bits_of(read, KIND).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _add(read, mask, lows, highs, marks, KIND: tl.constexpr):
-    """Extremes and marks with those of a block; NaN, which `tl.minimum` passes over, is marked."""
+def _add(
+    read, mask, lows, highs, marks, flat_low, flat_high, dead_low, dead_high, KIND: tl.constexpr,
+    IS_JUDGED: tl.constexpr,
+):  # fmt: skip
+    """Extremes and marks with those of a block, and what of it is flat, where that is judged.
+
+    NaN, which `tl.minimum` passes over, is marked by a bit, and what is not dead by another.
+    """
     value = _values(read, KIND)
     lows = tl.minimum(lows, tl.where(mask, value, float("inf")))
     highs = tl.maximum(highs, tl.where(mask, value, float("-inf")))
-    return value, lows, highs, marks | ((value != value) & mask).to(tl.int32)
-
-
-@triton.jit
-def _add_judged(read, mask, lows, highs, marks, flat_low, flat_high, dead_low, dead_high, KIND: tl.constexpr):
-    """The same with marks of what is not dead; and what is flat."""
-    value, lows, highs, marks = _add(read, mask, lows, highs, marks, KIND)
-    is_alive = (((value <= dead_low) | (value >= dead_high)) == 0) & mask
-    is_flat = ((value <= flat_low) | (value >= flat_high)) & mask
-    return is_flat, lows, highs, marks | 2 * is_alive.to(tl.int32)
+    marks |= ((value != value) & mask).to(tl.int32)
+    is_flat = mask
+    if IS_JUDGED:
+        is_flat = ((value <= flat_low) | (value >= flat_high)) & mask
+        is_alive = (((value <= dead_low) | (value >= dead_high)) == 0) & mask
+        marks |= 2 * is_alive.to(tl.int32)
+    return is_flat, lows, highs, marks
 
 
 @triton.jit
@@ -89,25 +89,20 @@ def _add_samples(
     read_1 = tl.load(at + step, mask=mask_1, other=0)
     read_2 = tl.load(at + 2 * step, mask=mask_2, other=0)
     read_3 = tl.load(at + 3 * step, mask=mask_3, other=0)
+    flat_0, lows, highs, marks = _add(
+        read_0, mask_0, lows, highs, marks, flat_low, flat_high, dead_low, dead_high, KIND, IS_JUDGED
+    )
+    flat_1, lows, highs, marks = _add(
+        read_1, mask_1, lows, highs, marks, flat_low, flat_high, dead_low, dead_high, KIND, IS_JUDGED
+    )
+    flat_2, lows, highs, marks = _add(
+        read_2, mask_2, lows, highs, marks, flat_low, flat_high, dead_low, dead_high, KIND, IS_JUDGED
+    )
+    flat_3, lows, highs, marks = _add(
+        read_3, mask_3, lows, highs, marks, flat_low, flat_high, dead_low, dead_high, KIND, IS_JUDGED
+    )
     if IS_JUDGED:
-        flat_0, lows, highs, marks = _add_judged(
-            read_0, mask_0, lows, highs, marks, flat_low, flat_high, dead_low, dead_high, KIND
-        )
-        flat_1, lows, highs, marks = _add_judged(
-            read_1, mask_1, lows, highs, marks, flat_low, flat_high, dead_low, dead_high, KIND
-        )
-        flat_2, lows, highs, marks = _add_judged(
-            read_2, mask_2, lows, highs, marks, flat_low, flat_high, dead_low, dead_high, KIND
-        )
-        flat_3, lows, highs, marks = _add_judged(
-            read_3, mask_3, lows, highs, marks, flat_low, flat_high, dead_low, dead_high, KIND
-        )
         marks += 4 * (flat_0.to(tl.int32) + flat_1.to(tl.int32) + flat_2.to(tl.int32) + flat_3.to(tl.int32))
-    else:
-        _, lows, highs, marks = _add(read_0, mask_0, lows, highs, marks, KIND)
-        _, lows, highs, marks = _add(read_1, mask_1, lows, highs, marks, KIND)
-        _, lows, highs, marks = _add(read_2, mask_2, lows, highs, marks, KIND)
-        _, lows, highs, marks = _add(read_3, mask_3, lows, highs, marks, KIND)
     return lows, highs, marks
 
 
@@ -179,13 +174,10 @@ def _positions_kernel(
             position = first + columns
             mask = is_unit[:, None] & (position < positions)[None, :]
             read = tl.load(values + begins[:, None] + position[None, :], mask=mask, other=0)
-            if IS_JUDGED:
-                is_flat, lows, highs, marks = _add_judged(
-                    read, mask, lows, highs, marks, flat_low, flat_high, dead_low, dead_high, KIND
-                )
-                steep |= ((is_flat == 0) & mask).to(tl.int32)
-            else:
-                _, lows, highs, marks = _add(read, mask, lows, highs, marks, KIND)
+            is_flat, lows, highs, marks = _add(
+                read, mask, lows, highs, marks, flat_low, flat_high, dead_low, dead_high, KIND, IS_JUDGED
+            )
+            steep |= ((is_flat == 0) & mask).to(tl.int32)
             if number % _SPACING == 0:
                 exact = _values(read, KIND).to(tl.float64)
                 square += tl.sum(exact * exact, 1)
@@ -282,9 +274,8 @@ def row_table(
         Of shape (programs, 4): address of the first row, number of rows, their length, and the place of the first among
         all rows of all gradients.
     """
-    counts = -(-rows // _ROWS)
-    owners = np.repeat(np.arange(rows.size), counts)
-    starts = _ROWS * (np.arange(owners.size) - np.repeat(np.cumsum(counts) - counts, counts))
+    owners, numbers = shared_out(-(-rows // _ROWS))
+    starts = _ROWS * numbers
     begins = np.cumsum(rows) - rows
     left = np.minimum(rows[owners] - starts, _ROWS)
     lengths = lengths[owners]
@@ -300,7 +291,7 @@ def find_rows(like: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> Non
         out: Float64 of shape (rows of all,), set to 1.0 for rows with a value that is not zero and to 0.0 for others.
     """
     _of_rows[(table.shape[0],)](
-        kin_of(like), table, out, KIND=_name_of(like.dtype), ROWS=_ROWS, COLUMNS=_GLANCE, num_warps=_FEW_WARPS
+        kin_of(like), table, out, KIND=name_of(like.dtype), ROWS=_ROWS, COLUMNS=_GLANCE, num_warps=_FEW_WARPS
     )
 
 
@@ -316,9 +307,4 @@ def _limits(slopes: Slopes | None) -> tuple[float, float, float, float]:
 
 
 def _kinds(values: torch.Tensor, slopes: Slopes | None) -> dict[str, Any]:
-    return {"KIND": _name_of(values.dtype), "IS_JUDGED": slopes is not None}
-
-
-@functools.cache
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return {"KIND": name_of(values.dtype), "IS_JUDGED": slopes is not None}

@@ -62,7 +62,7 @@ enum { FLOAT32, BFLOAT16 };
 #define FEW 256
 
 typedef struct {
-    double count, total, squares, low, high;
+    double count, total, squares, low, high; /* as they lie in a row of a device */
 } Moments;
 
 PART uint32_t bits_of(float value)
@@ -304,6 +304,35 @@ EXPORT int64_t instrument_patterns(
     return used;
 }
 
+typedef struct {
+    double zeros, nans, infs;
+} Special;
+
+/* Note values of a code that stands for zeros, NaN or Inf. */
+PART void note_special(Special *special, int code, double count)
+{
+    if (!(code & (SIGN - 1)))
+        special->zeros += count;
+    else if ((code & (SIGN - 1)) == INF_CODE)
+        special->infs += count;
+    else if ((code & (SIGN - 1)) > INF_CODE)
+        special->nans += count;
+}
+
+/* The numbers of a sketch, in their order. */
+PART void put_numbers(double *numbers, const Moments *moments, const Special *special)
+{
+    numbers[0] = moments->total;
+    numbers[1] = moments->squares;
+    numbers[2] = moments->low;
+    numbers[3] = moments->high;
+    numbers[4] = moments->count;
+    numbers[5] = special->zeros;
+    numbers[6] = special->nans;
+    numbers[7] = special->infs;
+    numbers[8] = 1;
+}
+
 /* The sketch of `size` values from `start` on: codes that occur and how often, as many as are returned; and sum, sum of
  * squares, minimum, maximum, count, zeros, NaN, Inf and share of the histogram. The first two tables hold zeros
  * before and after. */
@@ -315,7 +344,7 @@ PART int64_t sketch_one(
     int used_tables = size <= FEW ? 1 : size <= RUN ? 2 : TABLES, code, table, k;
     uint64_t places = size <= FEW ? 0 : ~(uint64_t)0; /* a bit for each `GLANCE` codes */
     int64_t used = 0, end = start + size, length;
-    double zeros = 0, nans = 0, infs = 0;
+    Special special = {0};
     Moments moments;
 
     begin(&moments);
@@ -363,23 +392,10 @@ PART int64_t sketch_one(
             tables[0][k] = tables[1][k] = 0;
             codes[used] = (uint16_t)k;
             counts[used++] = count;
-            if (!(k & (SIGN - 1)))
-                zeros += count;
-            else if ((k & (SIGN - 1)) == INF_CODE)
-                infs += count;
-            else if ((k & (SIGN - 1)) > INF_CODE)
-                nans += count;
+            note_special(&special, k, count);
         }
     }
-    numbers[0] = moments.total;
-    numbers[1] = moments.squares;
-    numbers[2] = moments.low;
-    numbers[3] = moments.high;
-    numbers[4] = moments.count;
-    numbers[5] = zeros;
-    numbers[6] = nans;
-    numbers[7] = infs;
-    numbers[8] = 1;
+    put_numbers(numbers, &moments, &special);
     return used;
 }
 
@@ -392,9 +408,14 @@ EXPORT int64_t instrument_rows(
     int code, k;
 
     for (number = 0; number < many; number++, rows += width, numbers += FIELDS) {
-        double moments[5], zeros = 0, nans = 0, infs = 0;
-        memcpy(moments, rows + CODES, sizeof moments);
-        for (code = 0; code < CODES && moments[0] == moments[0]; code += GLANCE) {
+        Special special = {0};
+        Moments moments;
+        int is_missing;
+        memcpy(&moments, rows + CODES, sizeof moments);
+        is_missing = isnan(moments.count);
+        if (is_missing)
+            begin(&moments);
+        for (code = 0; code < CODES && !is_missing; code += GLANCE) {
             int64_t any = 0;
             for (k = code; k < code + GLANCE; k++)
                 any |= rows[k];
@@ -403,23 +424,11 @@ EXPORT int64_t instrument_rows(
                     continue;
                 codes[used] = (uint16_t)k;
                 counts[used++] = rows[k];
-                if (!(k & (SIGN - 1)))
-                    zeros += (double)rows[k];
-                else if ((k & (SIGN - 1)) == INF_CODE)
-                    infs += (double)rows[k];
-                else if ((k & (SIGN - 1)) > INF_CODE)
-                    nans += (double)rows[k];
+                note_special(&special, k, (double)rows[k]);
             }
         }
-        if (moments[0] != moments[0])
-            moments[0] = moments[1] = moments[2] = 0, moments[3] = INFINITY, moments[4] = -INFINITY;
         ends[number] = used;
-        memcpy(numbers, moments + 1, 4 * sizeof *numbers);
-        numbers[4] = moments[0];
-        numbers[5] = zeros;
-        numbers[6] = nans;
-        numbers[7] = infs;
-        numbers[8] = 1;
+        put_numbers(numbers, &moments, &special);
     }
     return used;
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -170,12 +171,8 @@ def sketches_of(flat: torch.Tensor, lengths: IntArray) -> Sketches:
         flat: The values, of shape (n,); one that `can_measure` allows.
         lengths: How many of them each tensor has, at least 1: int64, contiguous.
     """
-    codes, counts = np.empty(flat.numel(), np.uint16), np.empty(flat.numel(), np.int64)
-    ends: npt.NDArray[np.int64] = np.empty(lengths.size, np.int64)
-    numbers = np.empty((lengths.size, len(FIELDS)))
-    places = (array.ctypes.data for array in (codes, counts, ends, numbers))
-    used = functions().sketches(flat.data_ptr(), KINDS[flat.dtype], lengths.ctypes.data, lengths.size, *places)
-    return Sketches(codes[:used].copy(), counts[:used].copy(), ends, numbers)
+    start = flat.data_ptr(), KINDS[flat.dtype], lengths.ctypes.data, lengths.size
+    return _filled(lengths.size, flat.numel(), functools.partial(functions().sketches, *start))
 
 
 def sketches_of_rows(rows: IntArray) -> Sketches:
@@ -186,11 +183,15 @@ def sketches_of_rows(rows: IntArray) -> Sketches:
             bits of float64; see `instrument.measure.device.rows`.
     """
     many, width = rows.shape
-    codes, counts = np.empty(many * CODES, np.uint16), np.empty(many * CODES, np.int64)
+    return _filled(many, many * CODES, functools.partial(functions(rows.size).rows, rows.ctypes.data, many, width))
+
+
+def _filled(many: int, most: int, fill: Callable[..., int]) -> Sketches:
+    """So many sketches, of `most` codes at most, by a function that fills their arrays and returns how many."""
+    codes, counts = np.empty(most, np.uint16), np.empty(most, np.int64)
     ends: npt.NDArray[np.int64] = np.empty(many, np.int64)
     numbers = np.empty((many, len(FIELDS)))
-    places = (array.ctypes.data for array in (codes, counts, ends, numbers))
-    used = functions(rows.size).rows(rows.ctypes.data, many, width, *places)
+    used = fill(*(array.ctypes.data for array in (codes, counts, ends, numbers)))
     return Sketches(codes[:used].copy(), counts[:used].copy(), ends, numbers)
 
 
