@@ -6,6 +6,8 @@ Modules and parameters come and go: a head is replaced, a layer frozen into anot
 
 from __future__ import annotations
 
+import itertools
+import operator
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
@@ -62,7 +64,7 @@ class Selector:
             return
         walked, shape = _walk(model)
         # Numbers of objects are given out again: they tell modules apart only while all of them are alive.
-        if shape != self._shape or any(module() is None for module in self._walked):
+        if shape != self._shape or any(map(operator.is_, [own() for own in self._walked], itertools.repeat(None))):
             selection = select(model, self._patterns, self._kinds)
             self._shape, self._walked = shape, [weakref.ref(module) for module in walked]
             self._encoders = [weakref.ref(part) for part in walked if isinstance(part, nn.TransformerEncoderLayer)]
@@ -97,14 +99,23 @@ def _walk(model: nn.Module) -> tuple[list[nn.Module], _Shape]:
     """Every module once, and what a selection depends on: names and identities, and what makes a module callable."""
     found, seen = [model], {id(model)}
     shape: _Shape = []
-    for module in found:  # grows meanwhile
-        children, parameters = children_of(module), parameters_of(module)
-        shape += (id(module), is_compiled(module), has_forward(module), len(children))
-        shape += parameters
-        shape += map(id, parameters.values())
-        for name, child in children:
-            shape += (name, id(child))
+    start = 0
+    while start < len(found):  # a level at a time, by functions in C: a loop in Python takes twice as long
+        level, start = found[start:], len(found)
+        children, parameters = list(map(children_of, level)), list(map(parameters_of, level))
+        every = list(itertools.chain.from_iterable(children))
+        parts = list(map(_second, every))
+        for of_each in (
+            map(id, level), map(len, children), map(len, parameters), map(is_compiled, level), map(has_forward, level),
+            map(_first, every), map(id, parts), itertools.chain.from_iterable(parameters),
+            map(id, itertools.chain.from_iterable(map(dict.values, parameters))),
+        ):  # fmt: skip
+            shape += of_each
+        for child in parts:
             if id(child) not in seen:
                 seen.add(id(child))
                 found.append(child)
     return found, shape
+
+
+_first, _second = operator.itemgetter(0), operator.itemgetter(1)

@@ -201,6 +201,10 @@ def _are_taken_together(tensors: Sequence[torch.Tensor], column: Column, sample_
     if known is None:
         return False
     sizes, addresses = known
+    if all(sizes):
+        for group in GatheredGroup.of(tensors, sizes, addresses):
+            column.items += column.add_group(group)
+        return True
     is_small = list(map(bool, sizes))
     together = list(itertools.compress(tensors, is_small))
     addresses = list(itertools.compress(addresses, is_small))

@@ -6,7 +6,7 @@ import functools
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -302,6 +302,11 @@ class Buffer:
         self._parts.pop(site, None)
         if site.kind == "gradients":
             self._units.pop(site.name, None)
+
+    @property
+    def sites(self) -> KeysView[Site]:
+        """The sites of which the step has a sketch, as it goes on."""
+        return self._parts.keys()
 
     def has(self, site: Site) -> bool:
         """Whether the step has a sketch of this site."""

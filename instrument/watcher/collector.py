@@ -215,7 +215,7 @@ class Collector:
 
     def close(self) -> StepRecord | None:
         """End the record, with the parameters that no optimizer has moved; None where there is nothing new."""
-        self.add(self.parameters.lacking(self.buffer.has))
+        self.add(self.parameters.lacking(self.buffer.sites))
         for name, tally in self.units.silent(self.buffer.units()):
             self.buffer.add_units(name, tally)
         self._batch.cut()
@@ -293,7 +293,10 @@ class Collector:
 
     def add_gradients(self, pairs: Pairs, scale: torch.Tensor | None) -> None:
         """Measure the gradients of these parameters, which a fused optimizer will divide by a scale itself."""
-        self.add(self.parameters.gradients(pairs, scale), scale is not None)
+        if scale is None:
+            self.add(self.parameters.gradients(pairs))
+        else:
+            self.add(self.parameters.divided(pairs, scale), are_made_for_us=True)
 
     def remember(self, pairs: Pairs) -> None:
         """Before a step: keep parameters, to tell what it changes."""
