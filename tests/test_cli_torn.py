@@ -93,7 +93,7 @@ def test_a_sound_record_that_is_no_event_is_told(name: str, run: Path) -> None:
     """A record with right checksums around bytes that are no event ends the file, without a traceback."""
     (path,) = event_files(run)
     size = path.stat().st_size
-    path.write_bytes(path.read_bytes() + b"".join(framed(b"\xff\xff\xff\xff")))
+    path.write_bytes(path.read_bytes() + b"".join(map(bytes, framed(b"\xff\xff\xff\xff"))))
     result = command(name, str(run), cwd=run)
     assert result.returncode == 1
     assert f"at byte {size}: a record with a right checksum holds no event" in result.stdout + result.stderr

@@ -118,7 +118,7 @@ class Parameters:
         """Site and gradient of parameters; a missing one is absent, never zero."""
         names, tensors = _apart(parameters)
         found = zip(_sites("gradients", names), map(_gradient, tensors), strict=True)
-        return [pair for pair in found if pair[1] is not None]
+        return [(site, gradient) for site, gradient in found if gradient is not None]
 
     @classmethod
     def divided(cls, parameters: Pairs, scale: torch.Tensor) -> Iterator[tuple[Site, torch.Tensor]]:

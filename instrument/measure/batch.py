@@ -117,7 +117,9 @@ class Column(Sequence["Sketch | Pending | Exception"]):
         Raises:
             Exception: What went wrong when they were measured.
         """
-        items = [item if not isinstance(item, Exception) else Sketch.empty() for item in self.items]
+        items: list[int | Sketch | Pending] = self.items  # type: ignore[assignment]  # as the next line has it
+        if set(map(type, items)) != {int}:
+            items = [item if not isinstance(item, Exception) else Sketch.empty() for item in self.items]
         return gathered(items, self.groups, GROUP)
 
 

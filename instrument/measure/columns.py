@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from instrument.measure import recycling
 from instrument.measure.histogram import INF_CODE, FloatArray, IntArray
 from instrument.measure.sketch import Sketch
 
@@ -75,8 +76,8 @@ class Sketches:
             return cls.of(())
         sizes = np.array([0, *(part.codes.size for part in parts[:-1])])
         return cls(
-            np.concatenate([part.codes for part in parts]),
-            np.concatenate([part.counts for part in parts]),
+            recycling.joined([part.codes for part in parts]),
+            recycling.joined([part.counts for part in parts]),
             np.concatenate([part.ends + first for part, first in zip(parts, np.cumsum(sizes), strict=True)]),
             np.concatenate([part.numbers for part in parts]),
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
 
 from instrument.errors import warn_quietly
-from instrument.record.events import framed
+from instrument.record.events import Part, framed
 from instrument.record.runs import EVENT_FILE_PART
 
 __all__ = ["EventFile"]
@@ -48,7 +48,7 @@ class EventFile:
     def __init__(self, directory: str | os.PathLike[str], suffix: str = "", start_step: int | None = None) -> None:
         self.directory = Path(directory)
         self._suffix = suffix
-        self._backlog: deque[tuple[bytes, ...]] = deque()
+        self._backlog: deque[tuple[Part, ...]] = deque()
         self._backlog_bytes = 0
         self._is_failing = False
         self.lost = 0
@@ -85,7 +85,7 @@ class EventFile:
         """Whether this process, and not one that it was forked from, opened the file."""
         return os.getpid() == self._pid
 
-    def write(self, *parts: bytes) -> None:
+    def write(self, *parts: Part) -> None:
         """Append a serialised event, given in parts, or keep it until that is possible; never raises."""
         self._backlog.append(framed(*parts))
         self._backlog_bytes += _size(self._backlog[-1])
@@ -130,11 +130,11 @@ class EventFile:
             self._backlog_bytes -= _size(self._backlog.popleft())
         self._is_failing = False
 
-    def _append(self, parts: tuple[bytes, ...]) -> None:
+    def _append(self, parts: tuple[Part, ...]) -> None:
         """Append what was framed whole or not at all."""
         try:
             for part in parts:
-                view = memoryview(part)
+                view = memoryview(part)  # type: ignore[arg-type]  # NumPy tells of its buffers from Python 3.12 on
                 while view:
                     view = view[os.write(self._file, view[:CHUNK_BYTES]) :]
         except BaseException:  # Ctrl-C too, where this runs in the main thread at exit
@@ -168,5 +168,5 @@ class EventFile:
             )
 
 
-def _size(parts: tuple[bytes, ...]) -> int:
+def _size(parts: tuple[Part, ...]) -> int:
     return sum(map(len, parts))

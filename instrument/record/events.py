@@ -11,19 +11,24 @@ import dataclasses
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import google_crc32c
+import numpy as np
+import numpy.typing as npt
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 
-__all__ = ["Damage", "FileCheck", "check_file", "framed", "read_events", "scan"]
+__all__ = ["Damage", "FileCheck", "Part", "check_file", "framed", "read_events", "scan"]
+
+Part: TypeAlias = "bytes | npt.NDArray[np.uint8]"
+"""Bytes of an event; an array, of shape (n,), is not copied once more."""
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 
 
-def framed(*parts: bytes) -> tuple[bytes, ...]:
+def framed(*parts: Part) -> tuple[Part, ...]:
     """A record of an event file around data, in parts, since an event of megabytes need not be copied.
 
     Args:
@@ -36,7 +41,7 @@ def framed(*parts: bytes) -> tuple[bytes, ...]:
     return length + _FOOTER.pack(_masked_crc(length)), *parts, _FOOTER.pack(_masked_crc(*parts))
 
 
-def _masked_crc(*parts: bytes) -> int:
+def _masked_crc(*parts: Part) -> int:
     """CRC-32C rotated right by 15 bits plus a constant, as the format asks."""
     crc = 0
     for part in parts:

@@ -21,8 +21,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from instrument.measure import native
+from instrument.measure import native, recycling
 from instrument.measure.histogram import FloatArray, IntArray
+from instrument.record.events import Part
 from instrument.record.statistics import SLICE
 from instrument.record.turns import yield_lock
 from instrument.record.values import HistogramSlice
@@ -35,7 +36,7 @@ _MOMENTS = np.dtype([(name, part) for key in "abcde" for name, part in ((f"{key}
 """Five doubles, each behind the byte that says which field it is."""
 
 
-def event_parts(wall_time: float, step: int, values: Iterable[bytes]) -> list[bytes]:
+def event_parts(wall_time: float, step: int, values: Iterable[Part]) -> list[Part]:
     """An event around values, in parts.
 
     Args:
@@ -85,12 +86,12 @@ class ScalarLayout:
         self._bytes = np.frombuffer(bytearray(b"".join(parts)), np.uint8)
         self._places = np.array(places, np.intp)[:, None] + np.arange(4)
 
-    def values(self, numbers: FloatArray) -> bytes:
+    def values(self, numbers: FloatArray) -> Part:
         """Entries of a summary, one a tag, each with its number as float32."""
         with np.errstate(over="ignore"):  # protobuf makes Inf of what no float32 holds, too
             single = numbers.astype("<f4")
         self._bytes[self._places] = single.view(np.uint8).reshape(-1, 4)
-        return self._bytes.tobytes()
+        return recycling.copied(self._bytes)
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -99,7 +100,7 @@ def _tag_field(tag: str) -> bytes:
     return b"".join((_TAG, _varint(len(name)), name, _HISTOGRAM))
 
 
-def histogram_values(part: HistogramSlice) -> bytes:
+def histogram_values(part: HistogramSlice) -> Part:
     """Entries of a summary, one a histogram.
 
     Args:

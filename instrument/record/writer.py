@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter as TorchSummaryWriter
 from instrument.errors import ConfigError, keep_interrupt, warn_quietly
 from instrument.record.buffer import StepRecord
 from instrument.record.event_file import EventFile
+from instrument.record.events import Part
 from instrument.record.losses import Losses
 from instrument.record.packing import BYTES_PER_SKETCH
 from instrument.record.values import histogram_slices, scalar_values
@@ -60,7 +61,7 @@ class _Events:
     def add_event(self, event: Any) -> None:
         self.add_built(lambda: ((event.SerializeToString(),),), event.ByteSize())
 
-    def add_built(self, build: Callable[[], Iterable[Iterable[bytes]]], size: int) -> None:
+    def add_built(self, build: Callable[[], Iterable[Iterable[Part]]], size: int) -> None:
         """Write events that are built in the writer's thread, each in parts."""
         if self._is_closed:
             self.reopen()
@@ -166,7 +167,7 @@ class SummaryWriter(TorchSummaryWriter):
             value = scalar_value.detach() if hasattr(scalar_value, "detach") else scalar_value
             self.losses.add(tag, int(global_step), float(value))
 
-    def add_built(self, build: Callable[[], Iterable[Iterable[bytes]]], size: int) -> None:
+    def add_built(self, build: Callable[[], Iterable[Iterable[Part]]], size: int) -> None:
         """Add events that are built in the writer's thread.
 
         Args:
@@ -246,12 +247,12 @@ class OwnSink:
     def write(self, record: StepRecord, scalars: bool, histograms: bool) -> None:
         """Write a record; the event is built in the writer's thread."""
 
-        def build() -> Iterable[Iterable[bytes]]:
+        def build() -> Iterable[Iterable[Part]]:
             return (event_parts(record.wall_time, record.step, self._values(record, scalars, histograms)),)
 
         self._writer.add_built(build, record.held)
 
-    def _values(self, record: StepRecord, scalars: bool, histograms: bool) -> Iterator[bytes]:
+    def _values(self, record: StepRecord, scalars: bool, histograms: bool) -> Iterator[Part]:
         if scalars:
             tags, numbers = scalar_values(record, self._counted)
             if tags is not self._layout.tags and tags != self._layout.tags:
@@ -273,7 +274,7 @@ class OwnSink:
     def values(self, build: Callable[[], Built]) -> None:
         """Write what is built, an event a step."""
 
-        def events() -> Iterable[Iterable[bytes]]:
+        def events() -> Iterable[Iterable[Part]]:
             for step, values in build():
                 found = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
                 yield (found.SerializeToString(),)

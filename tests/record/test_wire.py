@@ -51,7 +51,7 @@ def record_of(tensors: list[torch.Tensor], section: str, step: int = 7) -> StepR
 def packed(record: StepRecord) -> Event:
     tags, numbers = scalar_values(record, set())
     parts = [ScalarLayout(tags).values(numbers), *map(histogram_values, histogram_slices(record))]
-    return Event.FromString(b"".join(event_parts(record.wall_time, record.step, parts)))
+    return Event.FromString(b"".join(map(bytes, event_parts(record.wall_time, record.step, parts))))
 
 
 @pytest.mark.parametrize("section", ["Parameters", "Gradients"])
@@ -103,7 +103,7 @@ def test_scalars_are_packed_as_protobuf_packs_them(rows: list[tuple[str, float, 
         numbers = [row[column] for row in rows]
         values = [Summary.Value(tag=row[0], simple_value=row[column]) for row in rows]
         expected = Summary.FromString(Summary(value=values).SerializeToString())
-        found = Summary.FromString(layout.values(np.array(numbers)))
+        found = Summary.FromString(bytes(layout.values(np.array(numbers))))
         assert [value.tag for value in found.value] == [value.tag for value in expected.value]
         assert [repr(v.simple_value) for v in found.value] == [repr(v.simple_value) for v in expected.value]
         assert all(value.HasField("simple_value") for value in found.value)
@@ -112,7 +112,7 @@ def test_scalars_are_packed_as_protobuf_packs_them(rows: list[tuple[str, float, 
 @pytest.mark.parametrize("step", [0, 1, 127, 128, 300, 2**31, 2**62])
 def test_steps_of_any_size_are_packed(step: int) -> None:
     """An event's step is what protobuf reads back, however many bytes it takes."""
-    found = Event.FromString(b"".join(event_parts(0.25, step, [])))
+    found = Event.FromString(b"".join(map(bytes, event_parts(0.25, step, []))))
     assert (found.step, found.wall_time) == (step, 0.25)
 
 

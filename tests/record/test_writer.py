@@ -371,7 +371,7 @@ def test_records_are_framed_as_tensorboard_frames_them(tmp_path: Path) -> None:
     for data in (b"", b"x", os.urandom(1000)):
         file = io.BytesIO()
         RecordWriter(file).write(data)
-        assert b"".join(framed(data)) == file.getvalue()
+        assert b"".join(map(bytes, framed(data))) == file.getvalue()
 
 
 def test_torchs_histograms_and_ours_agree(tmp_path: Path) -> None:

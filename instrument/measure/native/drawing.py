@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from instrument.measure import recycling
 from instrument.measure.columns import Sketches
 from instrument.measure.histogram import GRID, SMALLEST, FloatArray, Histograms, IntArray, log10_edges
 from instrument.measure.native.library import functions, is_there
@@ -20,7 +21,7 @@ _GRID_PLACE = GRID.ctypes.data
 
 def histogram_entries(
     fields: bytes, field_ends: IntArray, moments: bytes, limits: FloatArray, counts: FloatArray, ends: IntArray
-) -> bytes | None:
+) -> npt.NDArray[np.uint8] | None:
     """Histograms in the wire format of protobuf; see `instrument.record.wire`.
 
     Args:
@@ -32,18 +33,18 @@ def histogram_entries(
         ends: Where the buckets of each end, of shape (histograms,).
 
     Returns:
-        Entries of a `Summary`; None where they must be made in Python.
+        Entries of a `Summary`, uint8 of shape (n,); None where they must be made in Python.
     """
     if not is_there() or sys.byteorder != "little":
         return None
     arrays = [np.ascontiguousarray(array) for array in (limits, counts)]
     places = [np.ascontiguousarray(array, np.int64) for array in (field_ends, ends)]
-    room = np.empty(len(fields) + sum(array.nbytes for array in arrays) + 128 * len(places[0]), np.uint8)
+    room = recycling.empty(len(fields) + sum(array.nbytes for array in arrays) + 128 * len(places[0]), np.uint8)
     used = functions().histograms(
         len(places[0]), fields, places[0].ctypes.data, moments, arrays[0].ctypes.data, arrays[1].ctypes.data,
         places[1].ctypes.data, room.ctypes.data,
     )  # fmt: skip
-    return room[:used].tobytes()
+    return room[:used]
 
 
 def histograms_of(sketches: Sketches) -> tuple[Histograms, FloatArray]:
@@ -58,7 +59,7 @@ def histograms_of(sketches: Sketches) -> tuple[Histograms, FloatArray]:
     """
     many = len(sketches)
     arrays = _arrays_of(sketches)
-    limits, heights = np.empty(many * (GRID.size + 1)), np.empty(many * (GRID.size + 1))
+    limits, heights = (recycling.empty(many * (GRID.size + 1), np.float64) for _ in range(2))
     ends, numbers = np.empty(many, np.int64), np.empty((many, 3))
     places = (array.ctypes.data for array in (limits, heights, ends, numbers))
     used = functions().buckets(many, *(array.ctypes.data for array in arrays), _GRID_PLACE, *places)

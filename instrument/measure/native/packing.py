@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from instrument.measure import recycling
 from instrument.measure.columns import Sketches
 from instrument.measure.histogram import IntArray
 from instrument.measure.native.library import functions
@@ -23,7 +24,7 @@ def packed(sketches: Sketches) -> bytes:
     """
     codes = np.ascontiguousarray(sketches.codes)
     counts, ends = (np.ascontiguousarray(array, np.int64) for array in (sketches.counts, sketches.ends))
-    room = np.empty(8 * len(ends) + 14 * codes.size, np.uint8)
+    room = recycling.empty(8 * len(ends) + 14 * codes.size, np.uint8)
     places = (array.ctypes.data for array in (codes, counts, ends, room))
     used = functions().pack(len(ends), *places)
     return np.array([len(ends), codes.size], np.uint32).tobytes() + room[:used].tobytes()

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from instrument.measure import recycling
 from instrument.measure.columns import FIELDS, Sketches, made
 from instrument.measure.histogram import CODES, IntArray, spread
 from instrument.measure.native.library import Rooms, functions, is_there
@@ -188,11 +189,11 @@ def sketches_of_rows(rows: IntArray) -> Sketches:
 
 def _filled(many: int, most: int, fill: Callable[..., int]) -> Sketches:
     """So many sketches, of `most` codes at most, by a function that fills their arrays and returns how many."""
-    codes, counts = np.empty(most, np.uint16), np.empty(most, np.int64)
+    codes, counts = recycling.empty(most, np.uint16), recycling.empty(most, np.int64)
     ends: npt.NDArray[np.int64] = np.empty(many, np.int64)
     numbers = np.empty((many, len(FIELDS)))
     used = fill(*(array.ctypes.data for array in (codes, counts, ends, numbers)))
-    return Sketches(codes[:used].copy(), counts[:used].copy(), ends, numbers)
+    return Sketches(recycling.copied(codes[:used]), recycling.copied(counts[:used]), ends, numbers)
 
 
 def gathered(addresses: Sequence[int], lengths: IntArray, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,127 @@
+"""Tests for memory that is given out again."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from instrument.measure import recycling
+from instrument.measure.recycling import KEPT_BYTES, LEAST_BYTES, MOST_BYTES, copied, empty, joined
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> None:
+    recycling._kept.__init__()  # type: ignore[misc]  # as in a new thread
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    return array.ctypes.data
+
+
+@hypothesis.given(
+    st.lists(
+        st.tuples(st.integers(0, 3 * LEAST_BYTES // 8), st.sampled_from(["keep", "view", "reshape", "memory", "drop"])),
+        max_size=40,
+    )
+)
+def test_no_memory_is_given_out_that_a_view_still_reads(asked: list[tuple[int, str]]) -> None:
+    """Whatever is done with arrays, each keeps the values written to it for as long as anything refers to it."""
+    held: list[tuple[Any, int]] = []
+    for number, (size, use) in enumerate(asked):
+        array = empty(size, np.int64)
+        array[:] = number
+        if use == "keep":
+            held.append((array, number))
+        elif use == "view":
+            held.append((array[size // 3 :][::2], number))
+        elif use == "reshape":
+            held.append((array[: size // 2 * 2].reshape(2, -1).T.view(np.uint64), number))
+        elif use == "memory":
+            held.append((memoryview(array), number))  # type: ignore[arg-type]  # NumPy tells of its buffers from Python 3.12 on
+        else:
+            held = held[1:]
+        del array
+        for kept, written in held:
+            assert (np.asarray(kept).astype(np.int64) == written).all()
+
+
+def test_memory_comes_again_once_it_is_free() -> None:
+    """The address is the same for the next array of about that size, and another one while a view is held."""
+    first = empty(100_000, np.float64)
+    place, view = _address(first), first[5:7]
+    del first
+    second = empty(100_000, np.float64)
+    assert _address(second) != place
+    del view
+    assert _address(empty(90_000, np.float64)) == place
+
+
+@pytest.mark.parametrize("size", [LEAST_BYTES - 1, MOST_BYTES + 1])
+def test_small_and_huge_arrays_are_left_to_numpy(size: int) -> None:
+    """Nothing of these is kept: a weak reference to what owns their memory dies with them."""
+    owner = weakref.ref(empty(size, np.uint8))
+    assert owner() is None
+
+
+def test_what_is_kept_has_a_limit() -> None:
+    """Of three times the limit at once no more than the limit is kept, and a single array is the largest part of it."""
+    sizes = [MOST_BYTES] * (3 * KEPT_BYTES // MOST_BYTES)
+    arrays = [empty(size, np.uint8) for size in sizes]
+    owners = [weakref.ref(array.base) for array in arrays]
+    del arrays
+    gc.collect()
+    assert sum(MOST_BYTES for owner in owners if owner() is not None) <= KEPT_BYTES
+
+
+def test_each_thread_has_memory_of_its_own() -> None:
+    """What one thread has let go is not given to another, and what it holds stays as it was when it has ended."""
+    place = _address(empty(100_000, np.float64))
+    found: list[np.ndarray[Any, Any]] = []
+
+    def ask() -> None:
+        found.append(empty(100_000, np.float64))
+        found[0][:] = 7.0
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert _address(found[0]) != place
+    assert (found[0] == 7.0).all()
+
+
+def test_a_finalizer_in_the_middle_gets_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for while an owner is looked at lies elsewhere than what is given out then."""
+    size = 100_000
+    inside: list[Any] = []
+    del_me = empty(size, np.float64)
+    del del_me
+    count = recycling._references_to
+
+    def interrupted(owner: Any) -> int:
+        found = count(owner) - 1  # this function refers to it as well
+        if not inside:
+            inside.append(None)
+            inside[0] = empty(size, np.float64)
+        return found
+
+    monkeypatch.setattr(recycling, "_references_to", interrupted)
+    outer = empty(size, np.float64)
+    assert not np.shares_memory(outer, inside[0])
+
+
+def test_copies_and_joins_are_those_of_numpy() -> None:
+    """Both against NumPy's own, of several types, small and large."""
+    for dtype in (np.uint16, np.int64, np.float64):
+        parts = [np.arange(size).astype(dtype) for size in (0, 5, 70_000, 1)]
+        assert np.array_equal(joined(parts), np.concatenate(parts))
+        assert joined(parts).dtype == dtype
+        for part in parts:
+            assert np.array_equal(copied(part[::-1]), part[::-1])
+            assert not np.shares_memory(copied(part), part)
