@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import torch
 
 from instrument.errors import InstrumentError
+from instrument.measure import native
 from instrument.measure.columns import Sketches
 from instrument.measure.custom_op import measure
 from instrument.measure.device import Devices, edge_for, is_plain
 from instrument.measure.groups import GROUP, ArrivingGroup, GatheredGroup, Group, Later, small, small_together
+from instrument.measure.parallel import PART, WORTHWHILE, each
 from instrument.measure.pending import ALONE, Pending, gathered
 from instrument.measure.sketch import Sketch
 from instrument.measure.tensors import readable
@@ -157,7 +160,7 @@ def measure_later(
     waiting: dict[tuple[torch.device, torch.dtype], _Waiting] = {}
     hides = can_hide()
     with Unseen():
-        if hides and isinstance(tensors, Sequence) and _are_taken_together(tensors, column, sample_above, devices):
+        if hides and isinstance(tensors, Sequence) and _are_taken_together(tensors, column, sample_above):
             return column
         try:
             for tensor in tensors:
@@ -191,7 +194,7 @@ def measure_later(
     return column
 
 
-def _are_taken_together(tensors: Sequence[torch.Tensor], column: Column, sample_above: int, devices: Devices) -> bool:
+def _are_taken_together(tensors: Sequence[torch.Tensor], column: Column, sample_above: int) -> bool:
     """Measure tensors that are there at the same time and alike, for half a microsecond each; whether that was done.
 
     One by one the questions whether each is small took 2 us, and to take it in another.
@@ -214,15 +217,25 @@ def _are_taken_together(tensors: Sequence[torch.Tensor], column: Column, sample_
     for group in GatheredGroup.of(together, list(filter(None, sizes)), addresses):
         places += column.add_group(group)
     rest = iter(places)
-    for tensor, is_one in zip(tensors, is_small, strict=True):
-        if is_one:
-            column.items.append(next(rest))
-            continue
-        try:
-            column.items.append(_measure_large(tensor, sample_above, devices))
-        except Exception as error:
-            column.items.append(error)
+    large = iter(_measured(list(itertools.compress(tensors, map(operator.not_, is_small))), sample_above))
+    column.items += [next(rest) if is_one else next(large) for is_one in is_small]
     return True
+
+
+def _measured(tensors: Sequence[torch.Tensor], sample_above: int) -> Sequence[Sketch | Exception]:
+    """Measure plain tensors on the CPU that are not small, in several threads where that is worthwhile."""
+
+    def sketch_of(tensor: torch.Tensor) -> Sketch | Exception:
+        try:
+            return measure(tensor, sample_above)
+        except Exception as error:
+            return error
+
+    # A larger one is measured in several threads itself; in NumPy they would wait for each other's interpreter lock.
+    at_once = [tensor for tensor in tensors if tensor.numel() <= PART] if native.is_there() else []
+    worthwhile = sum(tensor.numel() for tensor in at_once) // WORTHWHILE
+    found = iter(each(sketch_of, at_once, max(1, worthwhile)) if at_once else ())
+    return [next(found) if at_once and tensor.numel() <= PART else sketch_of(tensor) for tensor in tensors]
 
 
 class _Waiting:

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from instrument import measure
-from instrument.measure import cpu, parallel
+from instrument.errors import UnmeasurableError
+from instrument.measure import batch, cpu, parallel
+from instrument.measure.batch import measure_many
 
 from .twin import assert_measures
 
@@ -55,6 +57,40 @@ def test_a_sketch_is_the_same_with_any_number_of_threads(dtype: torch.dtype, mon
     assert threading.active_count() == before
     assert together == alone
     assert_measures(together, tensor.double().numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tensors_are_measured_by_several_threads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in its place and to the bit as by itself: small ones, large ones, one in parts, one whose memory is gone."""
+    monkeypatch.setattr(batch, "PART", 1 << 20)
+    started: list[str] = []
+    start = threading.Thread.start
+
+    def watched(self: threading.Thread) -> None:
+        started.append(self.name)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", watched)
+    generator = torch.Generator().manual_seed(1)
+    sizes = [400_000, 7, 1_000_000, 8193, 8192, 2_000_000, 900_000, 700_000]
+    tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    tensors[2][5] = float("nan")
+    gone = torch.ones(300_000, dtype=dtype)
+    gone.untyped_storage().resize_(0)
+    tensors.insert(3, gone)
+    found = {}
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found[threads] = measure_many(tensors)
+        # Two for 3.3 million elements that are neither small nor in parts, and one for the second half of two million.
+        assert started == ["instrument-measure"] * (0 if threads == 1 else 3)
+        started.clear()
+    for index, (tensor, one, other) in enumerate(zip(tensors, found[1], found[3], strict=True)):
+        if index == 3:
+            assert isinstance(one, UnmeasurableError)
+            assert str(other) == str(one)
+        else:
+            assert one == other == measure(tensor)
 
 
 def test_where_no_thread_can_be_started_the_caller_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
