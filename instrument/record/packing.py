@@ -158,11 +158,7 @@ class _Packed:
 
     def __init__(self, sketches: Sketches) -> None:
         self._numbers = sketches.numbers.copy()
-        self._parts: list[bytes] = []
-        for start in range(0, len(sketches), PART):
-            if not native.is_there():  # C gives the lock up by itself
-                yield_lock()
-            self._parts.append(_packed(sketches.part(start, min(start + PART, len(sketches)))))
+        self._parts = _packed(sketches)
 
     def __getitem__(self, place: int) -> Sketch:
         return self._part(place // PART)[place % PART]
@@ -181,15 +177,24 @@ _IN_HALVES, _IN_ZLIB = b"h", b"z"
 """What a part was packed by."""
 
 
-def _packed(sketches: Sketches) -> bytes:
+def _packed(sketches: Sketches) -> list[bytes]:
+    """Codes and counts of sketches, part by part."""
+    if native.is_there():
+        return [_IN_HALVES + part for part in native.packed(sketches, PART)]
+    parts = []
+    for start in range(0, len(sketches), PART):
+        yield_lock()  # C gives it up by itself
+        parts.append(_in_zlib(sketches.part(start, min(start + PART, len(sketches)))))
+    return parts
+
+
+def _in_zlib(sketches: Sketches) -> bytes:
     """Codes and counts of several sketches.
 
     Of what `zlib` packs, a header of two numbers says how many sketches there are and how many bytes a count has;
     behind it stand the ends of the sketches, the differences of the codes, and the counts, the last two byte by byte of
     like weight.
     """
-    if native.is_there():
-        return _IN_HALVES + native.packed(sketches)
     every = sketches.counts
     width = next(width for width in (1, 2, 4, 8) if not every.size or every.max() < 1 << (8 * width - (width == 8)))
     steps = sketches.codes.copy()

@@ -205,7 +205,7 @@ EXPORT void *PyInit__engine(void)
 /* To be raised with every change to a signature below: an object of another number is left alone. */
 EXPORT int instrument_interface(void)
 {
-    return 8;
+    return 9;
 }
 
 /* Add `size` values to int64 counts of 4096 codes and to count, sum, sum of squares, minimum and maximum. With a `stride`
@@ -921,23 +921,26 @@ static uint64_t next_number(const uint8_t *bytes, int64_t *halves)
 }
 
 /* Sketches in few bytes: of each the number of its codes, and of each code how far it lies behind the last one, and its
- * count. Returns the number of bytes, of which there is room for 8 a sketch and 14 a code. */
-EXPORT int64_t instrument_pack(
-    int64_t many, const uint16_t *codes, const int64_t *counts, const int64_t *ends, uint8_t *out)
+ * count. Every so many sketches a part begins, at a byte of its own; `out_ends` is where each part ends. There is room for
+ * 8 bytes a sketch and 14 a code. */
+EXPORT void instrument_pack(int64_t many, int64_t part, const uint16_t *codes, const int64_t *counts,
+    const int64_t *ends, uint8_t *out, int64_t *out_ends)
 {
     Halves to = {out, 0};
     int64_t number, start = 0, k;
 
     for (number = 0; number < many; start = ends[number++]) {
         int last = -1;
+        if (number % part == 0)
+            to.halves += to.halves & 1;
         put_number(&to, (uint64_t)(ends[number] - start));
         for (k = start; k < ends[number]; k++) {
             put_number(&to, (uint64_t)(codes[k] - last - 1));
             put_number(&to, (uint64_t)(counts[k] - 1));
             last = codes[k];
         }
+        out_ends[number / part] = (to.halves + 1) / 2;
     }
-    return (to.halves + 1) / 2;
 }
 
 /* The sketches that `instrument_pack` was given. */

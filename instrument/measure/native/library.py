@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 __all__ = ["SHORT", "Rooms", "functions", "is_there"]
 
-_INTERFACE = 8
+_INTERFACE = 9
 """Raised with every change to a signature in `engine.c`: an object built of an older one would write anywhere."""
 
 SHORT = 32_768
@@ -112,8 +112,8 @@ def _functions(library: ctypes.CDLL) -> _Functions:
     functions.ranges_of_many.restype = None
     functions.zero_rows_in.argtypes = (*values, _number, *[_pointer] * 5)
     functions.zero_rows_in.restype = None
-    functions.pack.argtypes = (_number, *[_pointer] * 4)
-    functions.pack.restype = ctypes.c_int64
+    functions.pack.argtypes = (_number, _number, *[_pointer] * 5)
+    functions.pack.restype = None
     functions.unpack.argtypes = (_number, *[_pointer] * 4)
     functions.unpack.restype = None
     functions.patterns.argtypes = (_pointer, _number, _pointer, _pointer, _pointer)
