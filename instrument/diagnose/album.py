@@ -7,12 +7,12 @@ more than a small share of the time of the training, they are drawn by and by, i
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from instrument.capture.names import Site
+from instrument.diagnose.allowance import Allowance
 from instrument.diagnose.figures import as_value, depth_profile
 from instrument.diagnose.history import UnitHistory
 from instrument.diagnose.readings import Reading
@@ -24,25 +24,16 @@ PROFILES = {"activations": "rms of activations by depth", "gradients": "rms of g
 PROFILE_STATISTIC = "by_depth"
 PROFILE_NAME = "rms"
 
-SHARE = 0.005
-"""Of the time of the steps, how much unit maps may take until the training is over. Those of 400 layers, whose steps
-take 75 ms, would take as long as 60 of these."""
-
-FIRST_SECONDS = 0.1
-"""What may be drawn after the first flush, and never saved up beyond: the maps of ten layers or so."""
-
 
 class Album:
     """Remembers what the pictures of a run show, and draws them; used by one thread at a time.
 
     Args:
-        clock: Gives seconds.
+        allowance: What unit maps may take until the training is over.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._left = FIRST_SECONDS
-        """Seconds for which unit maps may be drawn; below zero where the last one took longer."""
+    def __init__(self, allowance: Allowance | None = None) -> None:
+        self._allowance = allowance or Allowance()
         self._units = UnitHistory()
         self._first: dict[str, tuple[int, Mapping[str, float]]] = {}
         self._last: dict[str, tuple[int, Mapping[str, float]]] = {}
@@ -75,13 +66,12 @@ class Album:
 
     def _maps(self, is_last: bool, seconds: float) -> Iterator[Summary.Value]:
         """The unit maps that are due, all of them or as many as there is time for."""
-        self._left = min(self._left + SHARE * seconds, max(FIRST_SECONDS, SHARE * seconds))
+        self._allowance.earn(seconds)
         for name in list(self._due):
-            if self._left <= 0.0 and not is_last:
+            if not (self._allowance.is_left or is_last):
                 return
-            start = self._clock()
-            value = self._units.value(name)
-            self._left -= self._clock() - start
+            with self._allowance.spending():
+                value = self._units.value(name)
             del self._due[name]
             yield value
 

@@ -244,9 +244,8 @@ def _health_table(rows: Sequence[HealthRow]) -> FittedTable:
     return FittedTable(columns, cells, "Health", "bold", "--json has all")
 
 
-def _filled(rows: Sequence[HealthRow]) -> list[int]:
+def _filled(every: Sequence[Sequence[str]]) -> list[int]:
     """The columns in which something stands."""
-    every = [row.cells() for row in rows]
     return [number for number in range(len(HEADINGS)) if any(cells[number] for cells in every)]
 
 
@@ -261,12 +260,12 @@ def health_markdown(rows: Sequence[HealthRow], findings: Sequence[Finding], noti
     Returns:
         Markdown.
     """
-    filled = _filled(rows)
+    every = [row.cells() for row in rows]
+    filled = _filled(every)
     parts = []
     if rows:
         lines = [" | ".join(HEADINGS[number] for number in filled), " | ".join("---" for _ in filled)]
-        for row in rows:
-            cells = row.cells()
+        for cells in every:
             lines.append(" | ".join([f"`{cells[0]}`", *(cells[number] for number in filled[1:])]))
         parts.append("\n".join(lines))
     if findings:

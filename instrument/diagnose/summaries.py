@@ -15,6 +15,7 @@ from torch.utils.tensorboard.summary import text
 from instrument.capture.names import Site
 from instrument.config import Config
 from instrument.diagnose.album import Album
+from instrument.diagnose.allowance import Allowance
 from instrument.diagnose.doctor import Doctor, Examination
 from instrument.diagnose.health import health_rows
 from instrument.diagnose.layout import layout_value
@@ -53,6 +54,7 @@ class Summaries:
         self._told_of: dict[str, tuple[Any, ...]] = {}
         self._about: tuple[tuple[str, ...], Mapping[str, ParameterTraits]] | None = None
         self._album = Album()
+        self._for_health = Allowance()
         self._has_layout = False
         self._ends: deque[float] = deque(maxlen=_ENDS_KEPT)
         """When the last steps ended."""
@@ -86,11 +88,19 @@ class Summaries:
             values.append(document(WATCH_TAG, packed(self._watch(*about))))
         if examination.is_flush:
             values += _of_units(reading.units)
-            rows = health_rows(tuple(self._doctor.readings), reading.units, self._doctor.active())
-            values.append(_text(HEALTH_TAG, health_markdown(rows, self._doctor.active(), about[0])))
-            values += self._album.pictures(reading, is_last=examination.is_last, seconds=self._seconds())
+            seconds = self._seconds()
+            self._for_health.earn(seconds)
+            if self._for_health.is_left or examination.is_last:
+                with self._for_health.spending():
+                    values.append(self._health(reading, about[0]))
+            values += self._album.pictures(reading, is_last=examination.is_last, seconds=seconds)
             self._steps = 0
         return values
+
+    def _health(self, reading: Reading, notices: Sequence[str]) -> Summary.Value:
+        active = self._doctor.active()
+        rows = health_rows(tuple(self._doctor.readings), reading.units, active)
+        return _text(HEALTH_TAG, health_markdown(rows, active, notices))
 
     def _seconds(self) -> float:
         """What the steps since the last flush have taken, without an evaluation or a pause between two of them."""

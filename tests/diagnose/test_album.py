@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from instrument.config import Config
-from instrument.diagnose.album import SHARE, Album
+from instrument.diagnose.album import Album
+from instrument.diagnose.allowance import SHARE, Allowance
 from instrument.diagnose.doctor import Doctor, Examination
 from instrument.diagnose.readings import Reading
-from instrument.diagnose.summaries import Summaries
+from instrument.diagnose.summaries import HEALTH_TAG, Summaries
 
 from .statuses import status
 
@@ -35,7 +36,7 @@ def flush(album: Album, step: int, layers: list[str], seconds: float = 1e9, is_l
 
 def test_pictures_take_their_share_of_the_time_however_short_steps_are() -> None:
     """One is drawn at the first flush; then as many as fit into the share, and what is not used up is not saved up."""
-    album, seconds = Album(Clock()), 0.3 / SHARE
+    album, seconds = Album(Allowance(Clock())), 0.3 / SHARE
     drawn = [len(flush(album, step, LAYERS, seconds)) for step in range(40)]
     assert drawn[0] == 1 == max(drawn)
     assert sum(drawn) in (12, 13)  # of 1 s each, in 40 times 0.3 s
@@ -50,7 +51,7 @@ def tags(layers: list[str]) -> list[str]:
 
 def test_a_few_layers_are_drawn_at_flush_1_2_4_and_at_the_end() -> None:
     """Each picture shows the whole history, so that fewer and fewer tell all there is to see."""
-    album, few = Album(Clock()), LAYERS[:3]
+    album, few = Album(Allowance(Clock())), LAYERS[:3]
     drawn = [flush(album, step, few) for step in range(9)]
     assert [bool(found) for found in drawn] == [True, True, False, True, False, False, False, True, False]
     assert drawn[0] == drawn[7] == tags(few)
@@ -59,7 +60,7 @@ def test_a_few_layers_are_drawn_at_flush_1_2_4_and_at_the_end() -> None:
 
 def test_many_layers_are_drawn_by_and_by() -> None:
     """Those that were left come after the next flushes in their order, each once; at the end come all."""
-    album = Album(Clock())
+    album = Album(Allowance(Clock()))
     drawn = [flush(album, step, LAYERS, AT_ONCE / SHARE) for step in range(8)]
     assert max(map(len, drawn)) == AT_ONCE
     waited = drawn[0] + drawn[1] + drawn[2]
@@ -82,3 +83,18 @@ def test_an_evaluation_between_two_steps_is_no_time_of_the_training(monkeypatch:
     for step, end in enumerate((100.0, 101.0, 102.0, 103.0, 163.0, 164.0, 166.0, 168.0)):
         summaries.of(Examination(Reading(step, {}, {}), (), is_flush=step in (0, 5, 7), wall_time=end))
     assert told == [0.0, 5.0, 2.0]
+
+
+def test_the_health_table_takes_its_share_and_comes_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a second each, in 40 flushes of 60 s, twelve or so are written, the first among them; the last one always."""
+    monkeypatch.setattr("instrument.diagnose.summaries.Allowance", lambda: Allowance(Clock()))
+    monkeypatch.setattr(Album, "pictures", lambda *arguments, **named: [])
+    summaries = Summaries(Doctor(Config(), None), Config(), lambda: ())
+    told = [
+        summaries.of(Examination(Reading(step, {}, {}), (), is_flush=True, is_last=step == 40, wall_time=60.0 * step))
+        for step in range(41)
+    ]
+    written = [step for step, values in enumerate(told) if any(value.tag.startswith(HEALTH_TAG) for value in values)]
+    assert written[0] == 0
+    assert written[-1] == 40
+    assert 12 <= len(written[:-1]) <= 13
