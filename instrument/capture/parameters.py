@@ -41,11 +41,11 @@ class Parameters:
         self._kept: list[_Dictionary] = []
         """The dictionary of each owner, unless a parameter in that leads elsewhere."""
         self._names: list[str] = []
-        """Of each parameter its name,"""
+        """Name of each parameter."""
         self._numbers: list[int] = []
-        """the number of its owner,"""
+        """Number of the owner of each."""
         self._attributes: list[str] = []
-        """and the attribute."""
+        """Under which attribute the owner has each."""
         self._before: dict[str, torch.Tensor] = {}
 
     def select(self, entries: Iterable[ParameterEntry]) -> None:

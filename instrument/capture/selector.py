@@ -64,7 +64,7 @@ class Selector:
             return
         walked, shape = _walk(model)
         # Numbers of objects are given out again: they tell modules apart only while all of them are alive.
-        if shape != self._shape or any(map(operator.is_, [own() for own in self._walked], itertools.repeat(None))):
+        if shape != self._shape or any(module() is None for module in self._walked):
             selection = select(model, self._patterns, self._kinds)
             self._shape, self._walked = shape, [weakref.ref(module) for module in walked]
             self._encoders = [weakref.ref(part) for part in walked if isinstance(part, nn.TransformerEncoderLayer)]
@@ -95,6 +95,9 @@ class Selector:
                 yield ModuleEntry(name, module, is_root, is_inside)
 
 
+_first, _second = operator.itemgetter(0), operator.itemgetter(1)
+
+
 def _walk(model: nn.Module) -> tuple[list[nn.Module], _Shape]:
     """Every module once, and what a selection depends on: names and identities, and what makes a module callable."""
     found, seen = [model], {id(model)}
@@ -116,6 +119,3 @@ def _walk(model: nn.Module) -> tuple[list[nn.Module], _Shape]:
                 seen.add(id(child))
                 found.append(child)
     return found, shape
-
-
-_first, _second = operator.itemgetter(0), operator.itemgetter(1)

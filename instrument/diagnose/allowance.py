@@ -13,7 +13,8 @@ SHARE = 0.005
 take as long as 60 steps, and their health table a seventieth of the training."""
 
 FIRST_SECONDS = 0.1
-"""What may be spent after the first flush, and never saved up beyond: the maps of ten layers or so."""
+"""What may be spent after the first flush, and never saved up beyond: the maps of ten layers or so, or the health table
+of thousands."""
 
 
 class Allowance:

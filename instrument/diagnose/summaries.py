@@ -55,6 +55,8 @@ class Summaries:
         self._about: tuple[tuple[str, ...], Mapping[str, ParameterTraits]] | None = None
         self._album = Album()
         self._for_health = Allowance()
+        self._has_news = False
+        """Whether something was found, or not observed, since the last flush: the health table is to tell of it."""
         self._has_layout = False
         self._ends: deque[float] = deque(maxlen=_ENDS_KEPT)
         """When the last steps ended."""
@@ -83,6 +85,7 @@ class Summaries:
             self._events = [*self._events, *lines][-_EVENTS_KEPT:]
             values.append(_text(EVENTS_TAG, "\n".join(f"* {line}" for line in self._events)))
         about = (tuple(self._notices()), reading.parameters)
+        self._has_news |= bool(lines) or about != self._about
         if about != self._about:
             self._about = about
             values.append(document(WATCH_TAG, packed(self._watch(*about))))
@@ -90,9 +93,12 @@ class Summaries:
             values += _of_units(reading.units)
             seconds = self._seconds()
             self._for_health.earn(seconds)
-            if self._for_health.is_left or examination.is_last:
+            if self._has_news or examination.is_last:
+                values.append(self._health(reading, about[0]))
+            elif self._for_health.is_left:
                 with self._for_health.spending():
                     values.append(self._health(reading, about[0]))
+            self._has_news = False
             values += self._album.pictures(reading, is_last=examination.is_last, seconds=seconds)
             self._steps = 0
         return values

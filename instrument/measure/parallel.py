@@ -8,6 +8,7 @@ two threads, 40 million 0.66. So each takes the next part when it is done with o
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import sys
 import threading
@@ -45,7 +46,7 @@ def each(function: Callable[[_Part], _Found], parts: Sequence[_Part], most: int 
     """What a function gives for each part, in their order.
 
     Args:
-        function: Called from several threads; it gives the interpreter lock up while it computes.
+        function: Called from several threads; where it keeps the interpreter lock, several are slower than one.
         parts: One at least.
         most: Threads that are worthwhile, the caller's among them; without it, one for each part.
 
@@ -53,7 +54,8 @@ def each(function: Callable[[_Part], _Found], parts: Sequence[_Part], most: int 
         Exception: What the function raised.
     """
     # A thread that starts while the interpreter ends waits for its lock for ever, and with it who started it.
-    many = 1 if sys.is_finalizing() else min(torch.get_num_threads(), len(parts), most or len(parts))
+    worthwhile = len(parts) if most is None else min(len(parts), most)
+    many = 1 if sys.is_finalizing() else min(torch.get_num_threads(), worthwhile)
     found: dict[int, _Found] = {}
     left = iter(range(len(parts)))
 
@@ -75,6 +77,7 @@ def each(function: Callable[[_Part], _Found], parts: Sequence[_Part], most: int 
                 break
         work()
     finally:
+        collections.deque(left, maxlen=0)  # where this one was called away, nobody begins another part
         _join(helpers)
     return [found[place] if place in found else function(part) for place, part in enumerate(parts)]
 

@@ -5,8 +5,10 @@ gives each back to the system when it is freed, and takes pages anew for the nex
 900 pages a step, 2.5 of 13 ms, in a process where no larger block was ever freed. Who asks here gets the memory of an
 array that is used no more.
 
-Whether it is, Python knows: a view of an array, and a view of a view, refers to the array that owns the memory. So an
-owner that nothing but its keeper refers to is free, whoever had it and whatever they did with it.
+Whether it is, CPython counts: a view of an array, and a view of a view, refers to the array that owns the memory. So an
+owner that nothing but its keeper refers to is free, whoever had it and whatever they did with it. References are
+counted by a call from C: how many a variable of Python is good for depends on the version, on tracers, and on whether
+Dynamo runs somewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["KEPT_BYTES", "LEAST_BYTES", "copied", "empty", "joined"]
+__all__ = ["KEPT_BYTES", "LEAST_BYTES", "MOST_BYTES", "copied", "empty", "joined"]
 
 LEAST_BYTES = 64 << 10
 """Smaller arrays are left to the C library, which keeps what it is given back of them."""
@@ -29,7 +31,7 @@ MOST_BYTES = 8 << 20
 """So are larger ones: to fill them takes long enough."""
 
 KEPT_BYTES = 32 << 20
-"""Memory that a thread keeps at most; what it has is let go where it would be more."""
+"""Memory that a thread keeps at most, until it ends; what it has is let go where it would be more."""
 
 _Owner = npt.NDArray[np.uint8]
 
@@ -63,7 +65,7 @@ def empty(size: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     wanted = size * dtype.itemsize
     if not LEAST_BYTES <= wanted <= MOST_BYTES:
         return np.empty(size, dtype)
-    # Powers of two, since the next step needs a little more or less; pages that are never written to take no memory.
+    # Powers of two, since the next step needs a little more or less.
     return _owner(1 << (wanted - 1).bit_length())[:wanted].view(dtype)
 
 
@@ -76,7 +78,7 @@ def copied(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def joined(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """Arrays of shape (n,) and of one type, at least one, one behind the other."""
-    return np.concatenate(arrays, out=empty(sum(array.size for array in arrays), arrays[0].dtype))
+    return np.concatenate(arrays, out=empty(sum(array.size for array in arrays), arrays[0].dtype), casting="no")
 
 
 def _owner(size: int) -> _Owner:
@@ -86,10 +88,11 @@ def _owner(size: int) -> _Owner:
     for _ in range(len(owners)):
         try:
             # Out of reach while it is looked at: a finalizer in the middle of this may ask for memory, too.
-            owner = owners.popleft()
+            box = [owners.popleft()]
         except IndexError:
             break
-        is_free = _references_to(owner) == _FREE
+        is_free = _references_in(box) == _FREE
+        owner = box.pop()
         owners.append(owner)
         if is_free:
             return owner
@@ -101,14 +104,10 @@ def _owner(size: int) -> _Owner:
     return owner
 
 
-def _references_to(owner: _Owner) -> int:
-    return sys.getrefcount(owner)
+def _references_in(box: list[_Owner]) -> int:
+    """References to the only owner in a list, that of the list and of this question among them."""
+    return next(map(sys.getrefcount, box))
 
 
-def _references_to_a_free_one() -> int:
-    owner = np.empty(1, np.uint8)
-    return _references_to(owner)
-
-
-_FREE = _references_to_a_free_one()
-"""References to an owner that a local variable has alone: how many those are is the interpreter's business."""
+_FREE = _references_in([np.empty(1, np.uint8)])
+"""Those to an owner that is in a list and nowhere else."""

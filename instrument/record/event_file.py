@@ -157,6 +157,8 @@ class EventFile:
             os.close(file)
 
     def _fail(self, error: OSError) -> None:
+        # Arrays are views of larger memory, which is counted as little as it is needed now.
+        self._backlog[-1] = tuple(map(bytes, self._backlog[-1]))
         while self._backlog_bytes > MAX_BACKLOG_BYTES:
             self._backlog_bytes -= _size(self._backlog.popleft())
             self.lost += 1

@@ -179,11 +179,11 @@ _IN_HALVES, _IN_ZLIB = b"h", b"z"
 
 def _packed(sketches: Sketches) -> list[bytes]:
     """Codes and counts of sketches, part by part."""
-    if native.is_there():
+    if native.is_there():  # which gives the interpreter lock up by itself
         return [_IN_HALVES + part for part in native.packed(sketches, PART)]
     parts = []
     for start in range(0, len(sketches), PART):
-        yield_lock()  # C gives it up by itself
+        yield_lock()
         parts.append(_in_zlib(sketches.part(start, min(start + PART, len(sketches)))))
     return parts
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from instrument.config import SECTIONS
 from instrument.measure import native
-from instrument.measure.columns import Sketches, runs_of
+from instrument.measure.columns import Sketches
 from instrument.measure.histogram import FloatArray, Histograms, IntArray, Knots, histograms, log10_histograms
 from instrument.record.buffer import StepRecord
 from instrument.record.tags import COUNTS, LOG10, LOG10_KINDS, STATISTICS
@@ -28,10 +28,6 @@ _STATISTICS, _COUNTS = tuple(STATISTICS), tuple(COUNTS)
 
 _TOGETHER = 1024
 """Histograms worked out together: NumPy gives the lock up in each of its calls, and they are few."""
-
-
-_FEW = 8
-"""Runs of tensors, one kind behind the other, of which each is worked out by itself."""
 
 
 class HistogramSlice(NamedTuple):
@@ -122,17 +118,10 @@ def histogram_slices(record: StepRecord) -> Iterator[HistogramSlice]:
     count, zeros = sketches.column("count"), sketches.column("zero_count")
     is_spread = _are_spread(tags) & (count > zeros)
     for wanted, with_log10 in ((~is_spread & (count > 0), False), (is_spread, True)):
-        for part in _parts(wanted.nonzero()[0]):
+        places = wanted.nonzero()[0]
+        for start in range(0, places.size, _TOGETHER):
+            part = places[start : start + _TOGETHER]
             yield from _slices([tags[place] for place in part.tolist()], sketches.take(part), with_log10)
-
-
-def _parts(places: IntArray) -> Iterator[IntArray]:
-    """Places in their order, `_TOGETHER` at most; by themselves those that follow each other, which are not copied."""
-    runs = runs_of(places)
-    by_runs = runs is not None and len(runs) <= _FEW
-    for run in [np.arange(first, end) for first, end in runs] if by_runs and runs else [places]:
-        for start in range(0, run.size, _TOGETHER):
-            yield run[start : start + _TOGETHER]
 
 
 @functools.lru_cache(maxsize=8)

@@ -8,6 +8,7 @@ from instrument.config import Config
 from instrument.diagnose.album import Album
 from instrument.diagnose.allowance import SHARE, Allowance
 from instrument.diagnose.doctor import Doctor, Examination
+from instrument.diagnose.findings import Finding, Level
 from instrument.diagnose.readings import Reading
 from instrument.diagnose.summaries import HEALTH_TAG, Summaries
 
@@ -85,16 +86,30 @@ def test_an_evaluation_between_two_steps_is_no_time_of_the_training(monkeypatch:
     assert told == [0.0, 5.0, 2.0]
 
 
-def test_the_health_table_takes_its_share_and_comes_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a second each, in 40 flushes of 60 s, twelve or so are written, the first among them; the last one always."""
+def written(monkeypatch: pytest.MonkeyPatch, news: dict[int, Finding]) -> list[int]:
+    """Of 41 flushes of 60 s those with a health table, which takes a second; findings that are told at some of them."""
     monkeypatch.setattr("instrument.diagnose.summaries.Allowance", lambda: Allowance(Clock()))
     monkeypatch.setattr(Album, "pictures", lambda *arguments, **named: [])
     summaries = Summaries(Doctor(Config(), None), Config(), lambda: ())
-    told = [
-        summaries.of(Examination(Reading(step, {}, {}), (), is_flush=True, is_last=step == 40, wall_time=60.0 * step))
-        for step in range(41)
-    ]
-    written = [step for step, values in enumerate(told) if any(value.tag.startswith(HEALTH_TAG) for value in values)]
-    assert written[0] == 0
-    assert written[-1] == 40
-    assert 12 <= len(written[:-1]) <= 13
+    every = []
+    for step in range(41):
+        told = (news[step],) if step in news else ()
+        reading = Reading(step, {}, {})
+        every.append(summaries.of(Examination(reading, told, is_flush=True, is_last=step == 40, wall_time=60.0 * step)))
+    return [step for step, values in enumerate(every) if f"{HEALTH_TAG}/text_summary" in {each.tag for each in values}]
+
+
+def test_the_health_table_takes_its_share_and_comes_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 flushes twelve or so have one, in 0.005 of the time, the first among them; the last one always."""
+    found = written(monkeypatch, {})
+    assert found[0] == 0
+    assert found[-1] == 40
+    assert 12 <= len(found[:-1]) <= 13
+
+
+def test_the_health_table_comes_at_once_where_something_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the flush behind it, beside those that come anyway."""
+    without = written(monkeypatch, {})
+    step = next(step for step in range(41) if step not in without)
+    finding = Finding(Level.WARN, "loss_spike", None, step, 2.0, 1.0, "loss", "the loss jumped.")
+    assert written(monkeypatch, {step: finding}) == sorted([*without, step])

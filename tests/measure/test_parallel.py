@@ -117,6 +117,23 @@ def test_what_a_part_raises_is_raised() -> None:
     assert parallel.each(lambda part: part * part, range(7)) == [n * n for n in range(7)]
 
 
+def test_once_a_part_has_failed_no_other_is_begun() -> None:
+    """Who raises waits for the parts that others are at, and not for the forty behind them."""
+    begun: list[int] = []
+    caller = threading.get_ident()
+
+    def fail(part: int) -> None:
+        begun.append(part)
+        time.sleep(0.05)
+        if threading.get_ident() == caller:
+            raise ValueError("the caller's")
+
+    torch.set_num_threads(2)
+    with pytest.raises(ValueError, match="the caller's"):
+        parallel.each(fail, range(40))
+    assert len(begun) <= 4
+
+
 @pytest.mark.parametrize("size", [1, 1 << 20, (1 << 20) + 1, 5_000_000])
 def test_parts_hold_each_element_once(size: int) -> None:
     """Parts are of about the same size, none above the limit."""

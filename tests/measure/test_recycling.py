@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import sys
 import threading
+import types
 import weakref
 from typing import Any
 
@@ -102,18 +105,62 @@ def test_a_finalizer_in_the_middle_gets_other_memory(monkeypatch: pytest.MonkeyP
     inside: list[Any] = []
     del_me = empty(size, np.float64)
     del del_me
-    count = recycling._references_to
+    count = recycling._references_in
 
-    def interrupted(owner: Any) -> int:
-        found = count(owner) - 1  # this function refers to it as well
+    def interrupted(box: list[Any]) -> int:
         if not inside:
             inside.append(None)
             inside[0] = empty(size, np.float64)
-        return found
+        return count(box)
 
-    monkeypatch.setattr(recycling, "_references_to", interrupted)
+    monkeypatch.setattr(recycling, "_references_in", interrupted)
     outer = empty(size, np.float64)
     assert not np.shares_memory(outer, inside[0])
+
+
+def _looking(frame: types.FrameType, event: str, argument: object) -> Any:
+    """A tracer that reads variables, as debuggers do; each reading may refer to what they hold."""
+    _seen.append(dict(frame.f_locals))
+    del _seen[:-5]
+    return _looking
+
+
+_seen: list[dict[str, Any]] = []
+
+
+@pytest.mark.parametrize("is_traced_first", [False, True])
+def test_a_debugger_changes_nothing(is_traced_first: bool) -> None:
+    """Imported or called while a tracer reads variables: what is held stays its own, and free memory comes again."""
+    spec = importlib.util.spec_from_file_location("recycling_again", recycling.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    before = sys.gettrace()
+
+    def load() -> None:
+        assert spec is not None
+        assert spec.loader is not None
+        spec.loader.exec_module(again)
+
+    def use() -> tuple[bool, bool]:
+        held = again.empty(100_000, np.float64)
+        other = again.empty(100_000, np.float64)
+        is_apart, place = not np.shares_memory(held, other), other.ctypes.data
+        del other
+        _seen.clear()
+        return is_apart, again.empty(100_000, np.float64).ctypes.data == place
+
+    sys.modules["recycling_again"] = again
+    try:
+        sys.settrace(_looking if is_traced_first else None)
+        load()
+        sys.settrace(None if is_traced_first else _looking)
+        is_apart, comes_again = use()
+    finally:
+        sys.settrace(before)
+        del sys.modules["recycling_again"]
+    assert is_apart
+    assert comes_again or not is_traced_first  # a tracer that looks on may hold it still
 
 
 def test_copies_and_joins_are_those_of_numpy() -> None:

@@ -8,7 +8,7 @@ element where NumPy takes 3.0, 10 million bfloat16 1.3 and 2.5, a tensor of a th
 from __future__ import annotations
 
 from instrument.measure.native.drawing import histogram_entries, histograms_of, log10_histograms_of
-from instrument.measure.native.library import is_there
+from instrument.measure.native.library import SHORT, is_there
 from instrument.measure.native.packing import packed, unpacked
 from instrument.measure.native.sketches import (
     PATTERNS,
@@ -27,6 +27,7 @@ from instrument.measure.native.units import flat_of, ranges_of, ranges_of_many, 
 
 __all__ = [
     "PATTERNS",
+    "SHORT",
     "address_of",
     "can_measure",
     "can_read",

@@ -921,8 +921,8 @@ static uint64_t next_number(const uint8_t *bytes, int64_t *halves)
 }
 
 /* Sketches in few bytes: of each the number of its codes, and of each code how far it lies behind the last one, and its
- * count. Every so many sketches a part begins, at a byte of its own; `out_ends` is where each part ends. There is room for
- * 8 bytes a sketch and 14 a code. */
+ * count. Every `part` sketches a part begins, at a byte of its own, and `out_ends` is where each ends. There is room for 8
+ * bytes a sketch and 14 a code. */
 EXPORT void instrument_pack(int64_t many, int64_t part, const uint16_t *codes, const int64_t *counts,
     const int64_t *ends, uint8_t *out, int64_t *out_ends)
 {
