@@ -293,10 +293,8 @@ class Collector:
 
     def add_gradients(self, pairs: Pairs, scale: torch.Tensor | None) -> None:
         """Measure the gradients of these parameters, which a fused optimizer will divide by a scale itself."""
-        if scale is None:
-            self.add(self.parameters.gradients(pairs))
-        else:
-            self.add(self.parameters.divided(pairs, scale), are_made_for_us=True)
+        found = self.parameters.gradients(pairs) if scale is None else self.parameters.divided(pairs, scale)
+        self.add(found, are_made_for_us=scale is not None)
 
     def remember(self, pairs: Pairs) -> None:
         """Before a step: keep parameters, to tell what it changes."""

@@ -181,8 +181,15 @@ def test_an_interrupt_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -
             raise interrupts.pop()
         join(self, timeout)
 
+    caller, everybody = threading.get_ident(), threading.Barrier(3)
+
+    def work(part: int) -> None:
+        everybody.wait(30.0)  # so that each has one
+        if threading.get_ident() != caller:
+            time.sleep(0.2)
+
     monkeypatch.setattr(threading.Thread, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        parallel.each(lambda part: time.sleep(0.1 * part), range(3))
+        parallel.each(work, range(3))
     assert threading.active_count() == before
     assert not interrupts
