@@ -82,11 +82,12 @@ class Summaries:
         lines = [f"**{found.level}** {_escaped(str(found).partition(' ')[2])}" for found in examination.told]
         lines += self._births_and_deaths(reading)
         if lines:
+            self._has_news = True
             self._events = [*self._events, *lines][-_EVENTS_KEPT:]
             values.append(_text(EVENTS_TAG, "\n".join(f"* {line}" for line in self._events)))
         about = (tuple(self._notices()), reading.parameters)
-        self._has_news |= bool(lines) or about != self._about
         if about != self._about:
+            self._has_news = True
             self._about = about
             values.append(document(WATCH_TAG, packed(self._watch(*about))))
         if examination.is_flush:

@@ -47,8 +47,9 @@ def each(function: Callable[[_Part], _Found], parts: Sequence[_Part], most: int 
 
     Args:
         function: Called from several threads; where it keeps the interpreter lock, several are slower than one.
-        parts: One at least.
-        most: Threads that are worthwhile, the caller's among them; without it, one for each part.
+        parts: Any number.
+        most: Threads that are worthwhile, the caller's among them, which is there in any case; without it, one for each
+            part.
 
     Raises:
         Exception: What the function raised.

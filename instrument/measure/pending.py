@@ -113,11 +113,14 @@ class Together:
         """None: it is made by itself."""
 
 
-def gathered(items: Sequence[int | Sketch | Pending], sources: Sequence[Source] = (), stride: int = PLACES) -> Sketches:
+def gathered(
+    items: Sequence[int | Sketch | Pending | Exception], sources: Sequence[Source] = (), stride: int = PLACES
+) -> Sketches:
     """Sketches as columns, whether made already or not; what was measured together is taken over as it is.
 
     Args:
-        items: The sketches, or what will give them, or their places in the sources.
+        items: The sketches, or what will give them, or their places in the sources; or why one could not be measured,
+            in whose place stands the sketch of nothing.
         sources: Where the places are.
         stride: What the number of a source is multiplied by in a place.
 
@@ -136,6 +139,8 @@ def gathered(items: Sequence[int | Sketch | Pending], sources: Sequence[Source] 
     alone_at: list[int] = []
     begins: dict[int, int] = {}
     for index, item in enumerate(items):
+        if isinstance(item, Exception):
+            item = Sketch.empty()
         if isinstance(item, int):
             number, place = divmod(item, stride)
             if number not in begins:  # to ask a source again may make all of its sketches again

@@ -40,7 +40,7 @@ class _Kept(threading.local):
     """Owners of memory of one thread by their size, and how large they are in all."""
 
     def __init__(self) -> None:
-        self.owners: dict[int, collections.deque[_Owner]] = {}
+        self.owners: dict[int, collections.deque[_Owner]] = collections.defaultdict(collections.deque)
         self.size = 0
 
 
@@ -83,8 +83,7 @@ def joined(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
 
 def _owner(size: int) -> _Owner:
     """Memory of this size that nobody has."""
-    kept = _kept
-    owners = kept.owners.setdefault(size, collections.deque())
+    owners = _kept.owners[size]
     for _ in range(len(owners)):
         try:
             # Out of reach while it is looked at: a finalizer in the middle of this may ask for memory, too.
@@ -96,11 +95,12 @@ def _owner(size: int) -> _Owner:
         owners.append(owner)
         if is_free:
             return owner
-    if kept.size + size > KEPT_BYTES:
-        kept.owners, kept.size = {}, 0
+    if _kept.size + size > KEPT_BYTES:
+        _kept.owners.clear()
+        _kept.size = 0
     owner = np.empty(size, np.uint8)
-    kept.owners.setdefault(size, collections.deque()).append(owner)
-    kept.size += size
+    _kept.owners[size].append(owner)
+    _kept.size += size
     return owner
 
 

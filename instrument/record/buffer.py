@@ -308,10 +308,6 @@ class Buffer:
         """The sites of which the step has a sketch, as it goes on."""
         return self._parts.keys()
 
-    def has(self, site: Site) -> bool:
-        """Whether the step has a sketch of this site."""
-        return site in self._parts
-
     def drop(self) -> None:
         """Forget what was collected of the step."""
         self.step = None

@@ -157,7 +157,7 @@ class EventFile:
             os.close(file)
 
     def _fail(self, error: OSError) -> None:
-        # Arrays are views of larger memory, which is counted as little as it is needed now.
+        # What waits is to take the memory that is counted, and arrays are views of up to twice as much.
         self._backlog[-1] = tuple(map(bytes, self._backlog[-1]))
         while self._backlog_bytes > MAX_BACKLOG_BYTES:
             self._backlog_bytes -= _size(self._backlog.popleft())

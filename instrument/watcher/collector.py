@@ -313,7 +313,7 @@ class Collector:
 
     def add_missing(self, tensors: Iterable[tuple[Site, torch.Tensor]]) -> None:
         """Measure those tensors into the record that it lacks."""
-        self.add((site, tensor) for site, tensor in tensors if not self.buffer.has(site))
+        self.add((site, tensor) for site, tensor in tensors if site not in self.buffer.sites)
 
     def forget(self, pairs: Pairs) -> None:
         """Forget what the step has of these parameters and their gradients."""
@@ -364,7 +364,7 @@ class Collector:
         pairs = self.parameters.of()
         self.add_missing(pair for pair in self.parameters.gradients(pairs) if not is_cleared(pair[1]))
         for site, sketch in self._kept.items() if self._kept_for == step else ():
-            if not self.buffer.has(site):
+            if site not in self.buffer.sites:
                 self.buffer.add(site, sketch)
         self._kept.clear()
         self._is_end_awaited = False

@@ -30,6 +30,20 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the threads that are started from now on."""
+    names: list[str] = []
+    start = threading.Thread.start
+
+    def watched(self: threading.Thread) -> None:
+        names.append(self.name)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", watched)
+    return names
+
+
 def large(dtype: torch.dtype) -> torch.Tensor:
     values = torch.randn(3_500_001, generator=torch.Generator().manual_seed(0))
     values[[5, 1_000_000, 3_500_000]] = torch.tensor([float("nan"), float("inf"), 0.0])
@@ -37,16 +51,8 @@ def large(dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_sketch_is_the_same_with_any_number_of_threads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sketch_is_the_same_with_any_number_of_threads(dtype: torch.dtype, started: list[str]) -> None:
     """To the bit, and that of a float64 twin; three threads are there for the call and gone after it."""
-    started: list[str] = []
-    start = threading.Thread.start
-
-    def watched(self: threading.Thread) -> None:
-        started.append(self.name)
-        start(self)
-
-    monkeypatch.setattr(threading.Thread, "start", watched)
     tensor, before = large(dtype), threading.active_count()
     torch.set_num_threads(1)
     alone = measure(tensor)
@@ -60,17 +66,11 @@ def test_a_sketch_is_the_same_with_any_number_of_threads(dtype: torch.dtype, mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_tensors_are_measured_by_several_threads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tensors_are_measured_by_several_threads(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, started: list[str]
+) -> None:
     """Each in its place and to the bit as by itself: small ones, large ones, one in parts, one whose memory is gone."""
     monkeypatch.setattr(batch, "PART", 1 << 20)
-    started: list[str] = []
-    start = threading.Thread.start
-
-    def watched(self: threading.Thread) -> None:
-        started.append(self.name)
-        start(self)
-
-    monkeypatch.setattr(threading.Thread, "start", watched)
     generator = torch.Generator().manual_seed(1)
     sizes = [400_000, 7, 1_000_000, 8193, 8192, 2_000_000, 900_000, 700_000]
     tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]

@@ -103,8 +103,7 @@ def test_a_finalizer_in_the_middle_gets_other_memory(monkeypatch: pytest.MonkeyP
     """What is asked for while an owner is looked at lies elsewhere than what is given out then."""
     size = 100_000
     inside: list[Any] = []
-    del_me = empty(size, np.float64)
-    del del_me
+    empty(size, np.float64)  # free at once
     count = recycling._references_in
 
     def interrupted(box: list[Any]) -> int:
@@ -137,11 +136,6 @@ def test_a_debugger_changes_nothing(is_traced_first: bool) -> None:
     again = importlib.util.module_from_spec(spec)
     before = sys.gettrace()
 
-    def load() -> None:
-        assert spec is not None
-        assert spec.loader is not None
-        spec.loader.exec_module(again)
-
     def use() -> tuple[bool, bool]:
         held = again.empty(100_000, np.float64)
         other = again.empty(100_000, np.float64)
@@ -153,7 +147,7 @@ def test_a_debugger_changes_nothing(is_traced_first: bool) -> None:
     sys.modules["recycling_again"] = again
     try:
         sys.settrace(_looking if is_traced_first else None)
-        load()
+        spec.loader.exec_module(again)
         sys.settrace(None if is_traced_first else _looking)
         is_apart, comes_again = use()
     finally:
