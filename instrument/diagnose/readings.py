@@ -125,7 +125,7 @@ class Reading:
         Returns:
             The reading.
         """
-        tags = tuple(record)
+        tags = record.tags
         numbers = Numbers(tags, record.statistics(), {})
         further: dict[Tag, float] = {}
         known, narrow = _about(record.traits)

@@ -297,6 +297,8 @@ class Batch:
         """Where what lies on GPUs waits until the batch is cut."""
         self._sample_above = sample_above
         self._groups: dict[torch.dtype, ArrivingGroup] = {}
+        self._expected: dict[torch.dtype, int] = {}
+        """Elements that came of each type between the last two cuts."""
 
     def add(self, tensor: torch.Tensor) -> Sketch | Pending:
         """Measure a tensor as it is now, at once or later.
@@ -328,7 +330,7 @@ class Batch:
         if is_asked_unseen() and can_hide():
             size, address = small(tensor)
             group = self._groups.get(tensor.dtype) if address else None
-            place = group.add(tensor, size, address) if group is not None else None
+            place = group.add(tensor, size, address, may_grow=False) if group is not None else None
             if group is not None and place is not None:
                 return group, place
         with Unseen():
@@ -338,7 +340,7 @@ class Batch:
             group = self._groups.get(tensor.dtype)
             place = group.add(tensor, size, address) if group is not None else None
             while group is None or place is None:
-                group = ArrivingGroup(tensor.dtype)
+                group = ArrivingGroup(tensor.dtype, self._expected.get(tensor.dtype, 0))
                 place = group.add(tensor, size, address)
                 self._groups[tensor.dtype] = group  # only now may other threads add to it
         return group, place
@@ -348,5 +350,6 @@ class Batch:
 
         What lies on GPUs begins its way to the host.
         """
-        self._groups = {}
+        groups, self._groups = self._groups, {}
+        self._expected = {dtype: group.size for dtype, group in groups.items()}
         self.devices.send()

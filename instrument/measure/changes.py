@@ -52,7 +52,7 @@ class _Changes(Group):
     def __init__(self, before: torch.Tensor, after: torch.Tensor, sizes: list[int]) -> None:
         super().__init__()
         self._before, self._after = before, after
-        self._lengths, self._size, self.is_full = sizes, len(before), True
+        self._lengths, self.size, self.is_full = sizes, len(before), True
 
     def _values(self) -> torch.Tensor:
         before, after = (as_single(values).numpy() for values in (self._before, self._after))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -127,13 +128,11 @@ def gathered(
     Raises:
         Exception: What went wrong when they were measured.
     """
-    parts = _Parts()
     if set(map(type, items)) == {int}:  # a step of small tensors, and each part of it
-        numbers, places = np.divmod(np.array(items, np.int64), stride)
-        starts = np.zeros(len(sources), np.int64)
-        for number in dict.fromkeys(numbers.tolist()):
-            starts[number] = parts.start_of(sources[number].sketches())
-        return parts.taken(starts[numbers] + places)
+        runs = _runs_in(tuple(items), stride)
+        if runs is not None:
+            return Sketches.joined([sources[number].sketches().part(first, end) for number, first, end in runs])
+    parts = _Parts()
     order = np.empty(len(items), np.int64)
     alone: list[Sketch] = []
     alone_at: list[int] = []
@@ -156,6 +155,16 @@ def gathered(
     if alone:
         order[alone_at] = parts.start_of(Sketches.of(alone)) + np.arange(len(alone))
     return parts.taken(order)
+
+
+@functools.lru_cache(maxsize=16)
+def _runs_in(places: tuple[int, ...], stride: int) -> list[tuple[int, int, int]] | None:
+    """The same places, which come again each step, as numbers of sources with the first place and the end in each.
+
+    None where such runs are short.
+    """
+    runs = runs_of(np.array(places, np.int64))
+    return [(first // stride, first % stride, end - first // stride * stride) for first, end in runs] if runs else None
 
 
 class _Parts:

@@ -94,6 +94,11 @@ class StepRecord(Mapping[str, Sketch]):
     def __len__(self) -> int:
         return len(self._sketches)
 
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The tags; one tuple for all records of the same."""
+        return self._sketches.tags
+
     def statistics(self) -> FloatArray:
         """The statistics of all sketches, worked out once; see `statistics_of`.
 

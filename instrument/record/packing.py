@@ -60,10 +60,10 @@ class SketchStore(Mapping[str, "Sketch"]):
         2.0
     """
 
-    __slots__ = ("_loose", "_packed", "_places", "_sketches", "_statistics")
+    __slots__ = ("_loose", "_packed", "_places", "_sketches", "_statistics", "tags")
 
     def __init__(self, sketches: Mapping[str, int | Sketch | Pending], sources: Sequence[Source] = ()) -> None:
-        self._places = _places_of(tuple(sketches))
+        self._places, self.tags = _places_of(tuple(sketches))
         # Both in one attribute: another thread may be making columns of them while one is read.
         self._loose: _Loose | None = dict(sketches), sources
         self._sketches: Sketches | None = None
@@ -146,9 +146,9 @@ def _item(found: int | Sketch | Pending, sources: Sequence[Source]) -> Sketch | 
 
 
 @functools.lru_cache(maxsize=8)
-def _places_of(tags: tuple[str, ...]) -> dict[str, int]:
-    """The place of each tag; the same tags come again each step, and share it."""
-    return {tag: place for place, tag in enumerate(tags)}
+def _places_of(tags: tuple[str, ...]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The place of each tag, and the tags; the same come again each step, and share both."""
+    return {tag: place for place, tag in enumerate(tags)}, tags
 
 
 class _Packed:

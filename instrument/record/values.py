@@ -7,7 +7,7 @@ by slice: between two slices the training thread may have the interpreter lock, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,14 +26,14 @@ _SPREAD_SECTIONS = frozenset(SECTIONS[kind] for kind in LOG10_KINDS)
 
 _STATISTICS, _COUNTS = tuple(STATISTICS), tuple(COUNTS)
 
-_TOGETHER = 1024
-"""Histograms worked out together: NumPy gives the lock up in each of its calls, and they are few."""
+_TOGETHER = 4096
+"""Histograms worked out together: C and NumPy give the lock up in each of their calls, and those are few."""
 
 
 class HistogramSlice(NamedTuple):
     """Several histograms, one behind the other."""
 
-    tags: Sequence[str]
+    tags: tuple[str, ...]
     low: FloatArray
     """Left edge of the first bucket of each."""
     high: FloatArray
@@ -75,7 +75,7 @@ def scalar_values(record: StepRecord, counted: set[str]) -> tuple[tuple[str, ...
     has_values = ~np.isnan(table[:, 0])
     is_spoilt = table[:, len(_STATISTICS) :].any()
     if has_values.all() and not is_spoilt and not counted:
-        return _usual_tags(tuple(record)), table[:, : len(_STATISTICS)].ravel()
+        return _usual_tags(record.tags), table[:, : len(_STATISTICS)].ravel()
     tags: list[str] = []
     numbers: list[float] = []
     for tag, has_value, row in zip(record, has_values.tolist(), table.tolist(), strict=True):
@@ -114,14 +114,26 @@ def histogram_slices(record: StepRecord) -> Iterator[HistogramSlice]:
     Yields:
         Histograms of the values, and of log10 of magnitudes where those are spread over decades.
     """
-    tags, sketches = tuple(record), record.columns().finite()
+    tags, sketches = record.tags, record.columns().finite()
     count, zeros = sketches.column("count"), sketches.column("zero_count")
     is_spread = _are_spread(tags) & (count > zeros)
     for wanted, with_log10 in ((~is_spread & (count > 0), False), (is_spread, True)):
-        places = wanted.nonzero()[0]
-        for start in range(0, places.size, _TOGETHER):
-            part = places[start : start + _TOGETHER]
-            yield from _slices([tags[place] for place in part.tolist()], sketches.take(part), with_log10)
+        for places, own, log10_tags in _cut(tags, wanted.tobytes(), with_log10):
+            yield from _slices(own, log10_tags, sketches.take(places))
+
+
+@functools.lru_cache(maxsize=16)
+def _cut(
+    tags: tuple[str, ...], wanted: bytes, with_log10: bool
+) -> list[tuple[npt.NDArray[np.intp], tuple[str, ...], tuple[str, ...]]]:
+    """Some of the tags in parts, with their places, and those of log10 where wanted; they come again each step."""
+    places = np.frombuffer(wanted, np.bool_).nonzero()[0]
+    found = []
+    for start in range(0, places.size, _TOGETHER):
+        part = places[start : start + _TOGETHER]
+        own = tuple([tags[place] for place in part.tolist()])
+        found.append((part, own, tuple([_tags_under(tag, (LOG10,))[0] for tag in own] if with_log10 else ())))
+    return found
 
 
 @functools.lru_cache(maxsize=8)
@@ -130,9 +142,8 @@ def _are_spread(tags: tuple[str, ...]) -> npt.NDArray[np.bool_]:
     return np.array([tag.partition("/")[0] in _SPREAD_SECTIONS for tag in tags], np.bool_)
 
 
-def _slices(tags: list[str], sketches: Sketches, with_log10: bool) -> Iterator[HistogramSlice]:
+def _slices(tags: tuple[str, ...], log10_tags: tuple[str, ...], sketches: Sketches) -> Iterator[HistogramSlice]:
     total, squares = sketches.column("total"), sketches.column("total_squares")
-    log10_tags = [_tags_under(tag, (LOG10,))[0] for tag in tags] if with_log10 else []
     nothing = np.zeros(len(tags))
     log10: Callable[[], Histograms]
     if native.is_there():
@@ -144,12 +155,12 @@ def _slices(tags: list[str], sketches: Sketches, with_log10: bool) -> Iterator[H
         linear, count, zeros = histograms(knots), knots.count.astype(np.float64), knots.zeros
         log10 = functools.partial(log10_histograms, knots)
     yield _slice(tags, linear, count, total, squares)
-    if with_log10:
+    if log10_tags:
         yield _slice(log10_tags, log10(), count - zeros, nothing, nothing)
 
 
 def _slice(
-    tags: list[str], found: Histograms, num: FloatArray, total: FloatArray, squares: FloatArray
+    tags: tuple[str, ...], found: Histograms, num: FloatArray, total: FloatArray, squares: FloatArray
 ) -> HistogramSlice:
     high = found.limits[found.ends - 1]
     return HistogramSlice(tags, found.first, high, num, total, squares, found.limits, found.counts, found.ends)

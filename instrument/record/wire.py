@@ -115,7 +115,7 @@ def histogram_values(part: HistogramSlice) -> Part:
         moments[f"{key}_"] = number
         moments[key] = column
     fixed = moments.tobytes()
-    fields, field_ends = _tag_fields(tuple(part.tags))
+    fields, field_ends = _tag_fields(part.tags)
     found = native.histogram_entries(fields, field_ends, fixed, part.limits, part.counts, part.ends)
     return found if found is not None else _packed(part, fixed)
 
