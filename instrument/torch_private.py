@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | "does autograd run this call?" | `torch._C._current_graph_task_id` | never said to be in backward: recomputation under reentrant checkpointing counts twice, any other is measured and thrown away |
 | "does functorch run this call?" | `torch._C._functorch.peek_interpreter_stack` | never said to: our operations fail under `vmap`, which is caught, noticed, and leaves that module out |
+| "does the tracer of `torch.jit` run this call?" | `torch._C._is_tracing` | `torch.jit.is_tracing`, twice as dear |
 | hide our operations from modes | `torch.utils._python_dispatch._disable_current_modes` | nothing is measured while a mode is active |
 | is a mode active? | `torch._C._len_torch_dispatch_stack` | modes are always switched off, a few microseconds a tensor; without both nothing is measured at all |
 | does a function mode see what we ask of a tensor? | `torch._C._len_torch_function_stack` | always said to: function modes are switched off for each tensor, a microsecond dearer |
@@ -58,10 +59,10 @@ __all__ = [
     "has_hooks",
     "in_backward",
     "in_compiled_call",
-    "in_functorch",
     "is_asked_unseen",
     "is_compiled",
     "is_fake",
+    "is_transformed",
     "meeting_store",
     "never_compile",
     "never_compile_code",
@@ -92,6 +93,7 @@ def _lookup(path: str) -> Any:
 
 _graph_task_id: Callable[[], int] | None = _lookup("torch._C._current_graph_task_id")
 _interpreter_stack: Callable[[], object] | None = _lookup("torch._C._functorch.peek_interpreter_stack")
+_is_tracing: Callable[[], bool] = _lookup("torch._C._is_tracing") or _lookup("torch.jit.is_tracing")
 _modes_active: Callable[[], int] | None = _lookup("torch._C._len_torch_dispatch_stack")
 _function_modes: Callable[[], int] | None = _lookup("torch._C._len_torch_function_stack")
 _disable_modes: Callable[[], contextlib.AbstractContextManager[Any]] | None = _lookup(
@@ -126,17 +128,17 @@ def when_backward_ends(function: Callable[[], None]) -> bool:
     return True
 
 
-def in_functorch() -> bool:
-    """Whether a transform of `torch.func` runs the caller; its tensors have no values to read."""
-    return _interpreter_stack is not None and _interpreter_stack() is not None
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or a tracer runs the caller; their tensors have no values to read."""
+    return (_interpreter_stack is not None and _interpreter_stack() is not None) or _is_tracing()
 
 
 def is_asked_unseen() -> bool:
-    """Whether nobody sees what is asked of a plain tensor besides its values: size, strides, where it lies.
+    """Whether nobody sees what is asked of a plain tensor besides its values, and what is done then can be hidden.
 
-    Dispatch modes never do, since no operation answers; function modes do.
+    Dispatch modes never see size, strides, and where it lies, since no operation answers; function modes do.
     """
-    return _function_modes is not None and not _function_modes()
+    return _function_modes is not None and not _function_modes() and (_disable_modes is not None or can_hide())
 
 
 def can_hide() -> bool:
@@ -167,9 +169,10 @@ def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def version_of(tensor: torch.Tensor) -> int | None:
-    """How often a tensor was changed in place, where torch tells; changes through ``.data`` do not count."""
-    return tensor._version if _has_version else None
+version_of: Callable[[torch.Tensor], int | None] = (
+    operator.attrgetter("_version") if _has_version else lambda tensor: None
+)
+"""How often a tensor was changed in place, where torch tells; changes through ``.data`` do not count."""
 
 
 def put_back(handle: RemovableHandle, module: torch.nn.Module, hook: object) -> bool:

@@ -70,7 +70,8 @@ def small(tensor: torch.Tensor) -> tuple[int, int]:
         return _OTHERS
     if not tensor.is_contiguous() or tensor.is_neg():
         return (size, 0) if tensor.untyped_storage().nbytes() else _OTHERS
-    address = native.address_of(tensor, size * itemsize)
+    # By itself, as `native.address_of` says, what lies at the start of its storage.
+    address = native.address_of(tensor, size * itemsize) if tensor.storage_offset() else tensor.data_ptr()
     return (size, address) if address else _OTHERS
 
 

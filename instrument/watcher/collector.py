@@ -155,14 +155,14 @@ class Collector:
         try:
             if self.shards is not None:
                 tensor = self.shards.own(site, tensor)
-            found, place = self._measure(tensor)
+            known = self._known(tensor)  # a container returns what its last child returned
+            found, place = known[2:] if known is not None else self._measure(tensor)
         except Exception as error:
             self._cannot(site, error)
             return
         self.buffer.note(site, tensor)
-        base, bracket, _ = site.name.partition("[")
-        if bracket:
-            self._outputs.setdefault(Site(site.kind, base), {})[site] = None
+        if "[" in site.name:
+            self._outputs.setdefault(Site(site.kind, site.name.partition("[")[0]), {})[site] = None
         taken += (site, found, place)
 
     def _cannot(self, site: Site, error: Exception) -> None:
@@ -175,10 +175,7 @@ class Collector:
             self._notices.failed(place_of(site), error)
 
     def _measure(self, tensor: torch.Tensor) -> tuple[Sketch | Pending | ArrivingGroup, int]:
-        """Measure, unless it is a tensor measured just before: a container returns what its last child returned."""
-        known = self._known(tensor)
-        if known is not None:
-            return known[2:]
+        """Measure a tensor, and remember it."""
         found, place = self._batch.put(tensor)
         if type(tensor) is torch.Tensor and not tensor.is_inference():  # parameters must not be referred to weakly
             version = version_of(tensor)
@@ -188,10 +185,12 @@ class Collector:
 
     def _known(self, tensor: torch.Tensor) -> _Remembered | None:
         """What was measured of a tensor, where it is one of the last two and was not changed since."""
-        for remembered in (self._last, self._before):
-            if remembered is not None and remembered[0]() is tensor and remembered[1] == version_of(tensor):
-                return remembered
-        return None
+        found = self._last
+        if found is None or found[0]() is not tensor:
+            found = self._before
+            if found is None or found[0]() is not tensor:
+                return None
+        return found if found[1] == version_of(tensor) else None
 
     def _copied(self, tensor: torch.Tensor) -> tuple[ArrivingGroup, int] | None:
         """The group that a tensor is measured with later, and its place there; None for any other tensor."""

@@ -169,7 +169,8 @@ class UnitJudge:
             tensor, slopes = self._input(name, role, inputs, tensor)
         if slopes is not None and before is not None:
             self._judged.add(before[0])
-        tally = self._tally(tensor, _axis(tensor, role, before), slopes)
+        axis = max(0, tensor.dim() - 1 - role.positions) if role.is_layer else _axis(tensor, before)
+        tally = self._tally(tensor, axis, slopes)
         if tally is None:
             return None
         return (name if role.is_layer or before is None else self._key(name, before[0])) + path, *tally
@@ -301,11 +302,9 @@ class UnitJudge:
         )
 
 
-def _axis(tensor: torch.Tensor, role: _Role, layer: tuple[str, int] | None) -> int:
-    """Dimension of the units: of a layer by what it is, else as the layer that ran last has it."""
+def _axis(tensor: torch.Tensor, layer: tuple[str, int] | None) -> int:
+    """Dimension of the units of what is no layer: as the layer that ran last has it."""
     dimensions = tensor.dim()
     if layer is None:  # no layer is watched: images have four dimensions, sequences three
         return 1 if dimensions >= 4 else dimensions - 1
-    if role.is_layer:
-        return max(0, dimensions - 1 - role.positions)
     return 1 if dimensions == layer[1] + 2 else dimensions - 1

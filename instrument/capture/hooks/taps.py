@@ -36,11 +36,9 @@ from instrument.capture.hooks.objects import (
 )
 from instrument.capture.names import ModuleEntry, Site, site_of
 from instrument.capture.outputs import named_tensors
-from instrument.torch_private import in_backward, in_compiled_call, in_functorch, put_back
+from instrument.torch_private import in_backward, in_compiled_call, is_transformed, put_back
 
 __all__ = ["PassListener", "Taps"]
-
-_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # public, and not in its list
 
 _Attached: TypeAlias = "tuple[ModuleHook, RemovableHandle]"
 
@@ -252,7 +250,7 @@ class Taps:
     def root_starts(self, module: nn.Module) -> None:
         """The root is called: decide whether to capture, and open a pass if so."""
         recomputes = in_backward()
-        if in_functorch() or _is_tracing() or (recomputes and self.in_backward_of is not None):
+        if is_transformed() or (recomputes and self.in_backward_of is not None):
             return
         thread = threading.get_ident()
         self._open.pop(thread, None)  # the last forward of this thread ended in an exception
@@ -316,7 +314,7 @@ class Taps:
     def module_called(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """A selected module has returned: measure what it returned."""
         try:
-            if not self._are_attached or in_functorch() or _is_tracing():
+            if not self._are_attached or is_transformed():
                 return
             self.called.add(name)
             forward = self._open.get(threading.get_ident())
