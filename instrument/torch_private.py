@@ -4,7 +4,6 @@
 | --- | --- | --- |
 | "does autograd run this call?" | `torch._C._current_graph_task_id` | never said to be in backward: recomputation under reentrant checkpointing counts twice, any other is measured and thrown away |
 | "does functorch run this call?" | `torch._C._functorch.peek_interpreter_stack` | never said to: our operations fail under `vmap`, which is caught, noticed, and leaves that module out |
-| "does the tracer of `torch.jit` run this call?" | `torch._C._is_tracing` | `torch.jit.is_tracing`, twice as dear |
 | hide our operations from modes | `torch.utils._python_dispatch._disable_current_modes` | nothing is measured while a mode is active |
 | is a mode active? | `torch._C._len_torch_dispatch_stack` | modes are always switched off, a few microseconds a tensor; without both nothing is measured at all |
 | does a function mode see what we ask of a tensor? | `torch._C._len_torch_function_stack` | always said to: function modes are switched off for each tensor, a microsecond dearer |
@@ -93,7 +92,7 @@ def _lookup(path: str) -> Any:
 
 _graph_task_id: Callable[[], int] | None = _lookup("torch._C._current_graph_task_id")
 _interpreter_stack: Callable[[], object] | None = _lookup("torch._C._functorch.peek_interpreter_stack")
-_is_tracing: Callable[[], bool] = _lookup("torch._C._is_tracing") or _lookup("torch.jit.is_tracing")
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # public, and not in its list
 _modes_active: Callable[[], int] | None = _lookup("torch._C._len_torch_dispatch_stack")
 _function_modes: Callable[[], int] | None = _lookup("torch._C._len_torch_function_stack")
 _disable_modes: Callable[[], contextlib.AbstractContextManager[Any]] | None = _lookup(

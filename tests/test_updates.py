@@ -14,7 +14,8 @@ from torch import nn
 
 import instrument
 from instrument.capture.parameters import Pairs, Parameters
-from instrument.measure.groups import SMALL, Later
+from instrument.measure.groups import Later
+from instrument.measure.small import SMALL
 from instrument.watcher.updates import Updates
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -14,10 +14,11 @@ from instrument.measure import native
 from instrument.measure.columns import Sketches
 from instrument.measure.custom_op import measure
 from instrument.measure.device import Devices, edge_for, is_plain
-from instrument.measure.groups import GROUP, ArrivingGroup, GatheredGroup, Group, Later, small, small_together
+from instrument.measure.groups import ArrivingGroup, GatheredGroup, Group, Later
 from instrument.measure.parallel import PART, WORTHWHILE, each
 from instrument.measure.pending import ALONE, Pending, gathered
 from instrument.measure.sketch import Sketch
+from instrument.measure.small import GROUP, small, small_together
 from instrument.measure.tensors import readable
 from instrument.torch_private import Unseen, can_hide, is_asked_unseen
 
@@ -101,6 +102,8 @@ class Column(Sequence["Sketch | Pending | Exception"]):
 
     def failures(self) -> Iterator[tuple[int, Exception]]:
         """Places of the tensors that could not be measured, and why."""
+        if set(map(type, self.items)) == {int}:  # as it is of a step of small tensors
+            return iter(())
         return ((place, item) for place, item in enumerate(self.items) if isinstance(item, Exception))
 
     def item(self, place: int) -> Sketch | Pending:

@@ -12,9 +12,10 @@ import torch
 from instrument.measure.batch import Column
 from instrument.measure.columns import Sketches
 from instrument.measure.cpu import as_single
-from instrument.measure.groups import Group, cut
+from instrument.measure.groups import Group
 from instrument.measure.histogram import IntArray
 from instrument.measure.segments import sketches_of_double
+from instrument.measure.small import cut
 
 __all__ = ["measure_changes"]
 

@@ -15,7 +15,6 @@ import abc
 import contextlib
 import ctypes
 import math
-import operator
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -29,82 +28,11 @@ from instrument.measure.histogram import IntArray
 from instrument.measure.segments import sketches_of
 from instrument.measure.sketch import Sketch
 from instrument.measure.slopes import Slopes
-from instrument.measure.tensors import PLAIN
+from instrument.measure.small import GROUP, SIZES, SMALL, TOGETHER, cut
 from instrument.measure.units import LateTallies, LateTally, Ranges, Rows, UnitTally
 from instrument.torch_private import Unseen, flattened
 
-__all__ = ["GROUP", "SMALL", "ArrivingGroup", "GatheredGroup", "Group", "Later", "cut", "small", "small_together"]
-
-SMALL = 8192
-"""Tensors of up to this many elements are measured together; a larger one is cheaper by itself."""
-
-GROUP = 1024
-"""Tensors in a group, at most: each has counts of its own."""
-
-TOGETHER = 524_288
-"""Elements in a group, at most. A group is some 100 us of Python to whoever measures it, in pieces that a backward pass
-waits for: of 400 layers of width 32 that was a third of what the pass waited in all where a group had a quarter."""
-
-_SIZES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
-"""Types whose values are exactly those of a float32, and their bytes."""
-
-_OTHERS = 0, 0
-
-
-def small(tensor: torch.Tensor) -> tuple[int, int]:
-    """Whether a tensor is measured together with others: small and plain, on the CPU, with memory of its own.
-
-    Args:
-        tensor: Any.
-
-    Returns:
-        The number of its elements, 0 where it is not; and where they lie, 0 where they do not lie in a row.
-    """
-    if type(tensor) not in PLAIN:
-        return _OTHERS
-    itemsize = _SIZES.get(tensor.dtype)
-    if itemsize is None or not tensor.is_cpu or tensor.layout is not torch.strided:
-        return _OTHERS
-    size = tensor.numel()
-    if not 0 < size <= SMALL or tensor.is_nested:
-        return _OTHERS
-    if not tensor.is_contiguous() or tensor.is_neg():
-        return (size, 0) if tensor.untyped_storage().nbytes() else _OTHERS
-    # By itself, as `native.address_of` says, what lies at the start of its storage.
-    address = native.address_of(tensor, size * itemsize) if tensor.storage_offset() else tensor.data_ptr()
-    return (size, address) if address else _OTHERS
-
-
-_ALIKE = operator.attrgetter("dtype", "layout", "is_cpu", "is_nested")
-
-
-def small_together(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]] | None:
-    """The same of many tensors by a few calls for all of them, where they are alike; call it under `Unseen`.
-
-    Args:
-        tensors: Any.
-
-    Returns:
-        What `small` gives for each, sizes and addresses; None where each is to be asked by itself.
-    """
-    if not tensors or not PLAIN.issuperset(map(type, tensors)):
-        return None
-    alike = set(map(_ALIKE, tensors))
-    dtype, layout, is_cpu, is_nested = alike.pop()
-    if alike or dtype not in _SIZES or layout is not torch.strided or not is_cpu or is_nested:
-        return None
-    if not all(map(_is_contiguous, tensors)) or any(map(_is_neg, tensors)) or any(map(_storage_offset, tensors)):
-        return None
-    sizes, addresses = list(map(_numel, tensors)), list(map(_data_ptr, tensors))
-    if 0 in addresses or max(sizes) > SMALL:
-        sizes = [size if size <= SMALL and address else 0 for size, address in zip(sizes, addresses, strict=True)]
-    return sizes, addresses
-
-
-_is_contiguous, _is_neg, _storage_offset, _numel, _data_ptr = (
-    torch.Tensor.is_contiguous, torch.Tensor.is_neg, torch.Tensor.storage_offset, torch.Tensor.numel,
-    torch.Tensor.data_ptr,
-)  # fmt: skip
+__all__ = ["ArrivingGroup", "GatheredGroup", "Group", "Later"]
 
 
 class Later:
@@ -330,16 +258,6 @@ class GatheredGroup(Group):
         return self._flat
 
 
-def cut(sizes: Sequence[int], most: int = TOGETHER) -> Iterator[tuple[slice, int]]:
-    """Which of many small tensors make a group, of `most` elements at most, and the elements of that."""
-    start = size = 0
-    for end, more in enumerate(sizes, 1):
-        size += more
-        if end == len(sizes) or size > most - SMALL or end - start == GROUP:
-            yield slice(start, end), size
-            start, size = end, 0
-
-
 # `ctypes.memmove` itself gives the interpreter lock up, which costs as much as to copy 8 kB, and a wait besides where
 # another thread takes it.
 _copy = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
@@ -363,7 +281,7 @@ class ArrivingGroup(Group):
         super().__init__()
         self._full: list[torch.Tensor] = []
         """Blocks before the last, each as far as it is used."""
-        self._itemsize = _SIZES[dtype]
+        self._itemsize = SIZES[dtype]
         self._is_busy = False
         self._take_room(min(-(-expected // BLOCK) * BLOCK or BLOCK, TOGETHER), dtype)
 

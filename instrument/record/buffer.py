@@ -336,7 +336,9 @@ class Buffer:
         if step is None or not parts:
             return None
         tags = _tags_of(tuple(parts))
-        sketches = SketchStore(dict(zip(tags, map(_merged, parts.values()), strict=True)), sources)
+        are_merged = list in set(map(type, parts.values()))
+        own: Iterable[Any] = map(_merged, parts.values()) if are_merged else parts.values()
+        sketches = SketchStore(dict(zip(tags, own, strict=True)), sources)
         newest = self.history[-1] if self.history else None
         record = StepRecord(step, sketches, self._wall_time, self.skipped, units, traits=self._traits(tags, parts))
         if newest is not None and newest.step == step:

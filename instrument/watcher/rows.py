@@ -10,7 +10,7 @@ from instrument.capture.names import Site
 from instrument.errors import UnmeasurableError
 from instrument.measure.batch import Column
 from instrument.measure.device import Devices
-from instrument.measure.groups import GROUP
+from instrument.measure.small import GROUP
 from instrument.measure.units import rows_together
 from instrument.record.buffer import Buffer
 from instrument.torch_private import Unseen

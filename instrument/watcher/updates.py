@@ -16,7 +16,7 @@ from instrument.capture.names import Site, site_of
 from instrument.capture.parameters import Pairs, Parameters
 from instrument.measure.batch import Column
 from instrument.measure.changes import measure_changes
-from instrument.measure.groups import small_together
+from instrument.measure.small import small_together
 from instrument.torch_private import Unseen, can_hide, flattened
 
 __all__ = ["Updates"]

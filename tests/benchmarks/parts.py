@@ -22,8 +22,8 @@ from instrument.diagnose.doctor import Doctor
 from instrument.diagnose.units import UnitWindows
 from instrument.measure.batch import measure_later
 from instrument.measure.columns import Sketches
-from instrument.measure.groups import SMALL
 from instrument.measure.sketch import Sketch
+from instrument.measure.small import SMALL
 from instrument.record.buffer import StepRecord
 from instrument.record.packing import SketchStore
 from instrument.record.values import histogram_slices, scalar_values

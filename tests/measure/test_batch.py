@@ -12,14 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from instrument.errors import UnmeasurableError
 from instrument.measure import groups
 from instrument.measure.batch import Batch, Column, measure_later, measure_many
-from instrument.measure.cpu import BLOCK
 from instrument.measure.custom_op import measure
-from instrument.measure.groups import GROUP, SMALL, Later
+from instrument.measure.groups import Later
 from instrument.measure.sketch import Sketch
+from instrument.measure.small import GROUP, SMALL, TOGETHER
 
 from .twin import assert_measures
 
@@ -124,14 +125,15 @@ def sketch_of(item: object) -> Sketch:
 def test_a_long_list_fills_several_groups() -> None:
     """More tensors, and more elements, than a group takes, with a large one in between, are copied, and all there."""
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.randint(1, 600, (2 * GROUP + 7,), generator=generator).tolist()
+    sizes = torch.randint(1, 1200, (2 * GROUP + 7,), generator=generator).tolist()
     sizes[5] = 3 * SMALL
     tensors = [torch.randn(size, generator=generator) for size in sizes]
     column = measure_later(tensors)
     expected = [measure(tensor) for tensor in tensors]
     for tensor in tensors:
         tensor.zero_()
-    assert len(column.groups) > sum(sizes) // BLOCK
+    assert all(len(group) <= GROUP and group.size <= TOGETHER for group in column.groups)
+    assert min(map(len, column.groups[:-1])) < GROUP  # its elements filled that group
     assert len(column.items) == len(tensors)
     for found, alone in zip(column, expected, strict=True):
         assert_same(sketch_of(found), alone)
@@ -206,6 +208,45 @@ def test_a_batch_gives_every_tensor_its_own_sketch_across_groups() -> None:
     added = [batch.add(torch.full((2,), float(index))) for index in range(count)]
     means = [item.sketch().mean for item in reversed(added) if isinstance(item, Later)]
     assert means == [float(index) for index in reversed(range(count))]
+
+
+class Seeing(TorchDispatchMode):
+    """Sees every operation that is not hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_batch_grows_with_what_comes(dtype: torch.dtype) -> None:
+    """Tensors that fill several blocks and groups, on the first step and once their number is known, come back whole.
+
+    Some do not lie in a row. A mode of the user's sees none of the memory that is taken for them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch()
+    for count in (300, 300, 20, 60, 60):
+        sizes = torch.randint(SMALL // 2, SMALL + 1, (count,), generator=generator).tolist()
+        tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+        tensors[::7] = [torch.stack([tensor, tensor])[:, : SMALL // 4].t() for tensor in tensors[::7]]
+        expected = [measure(tensor) for tensor in tensors]
+        with Seeing() as mode:
+            found = [batch.add(tensor) for tensor in tensors]
+        for tensor in tensors:
+            tensor.zero_()
+        batch.cut()
+        assert mode.seen == []
+        every = {id(item.group): item.group.size for item in found if isinstance(item, Later)}
+        assert sum(every.values()) == sum(tensor.numel() for tensor in tensors)
+        assert max(every.values()) <= TOGETHER
+        assert len(every) == (1 if count < 300 else 4)
+        for item, alone in zip(found, expected, strict=True):
+            assert_same(sketch_of(item), alone)
 
 
 def test_a_cut_parts_what_came_from_what_comes() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from instrument.measure.batch import Batch, Column, measure_later
-from instrument.measure.groups import GROUP, ArrivingGroup
+from instrument.measure.groups import ArrivingGroup
 from instrument.measure.slopes import slopes_named
+from instrument.measure.small import GROUP
 from instrument.measure.units import LateTallies, UnitTally, late, tally_rows, tally_units
 from instrument.torch_private import Unseen
 

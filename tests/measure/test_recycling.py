@@ -14,9 +14,10 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 
 from instrument.measure import recycling
-from instrument.measure.recycling import KEPT_BYTES, LEAST_BYTES, MOST_BYTES, copied, empty, joined
+from instrument.measure.recycling import KEPT_BYTES, LEAST_BYTES, MOST_BYTES, copied, empty, empty_tensor, joined
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,10 @@ def _address(array: np.ndarray[Any, Any]) -> int:
 
 @hypothesis.given(
     st.lists(
-        st.tuples(st.integers(0, 3 * LEAST_BYTES // 8), st.sampled_from(["keep", "view", "reshape", "memory", "drop"])),
+        st.tuples(
+            st.integers(0, 3 * LEAST_BYTES // 8),
+            st.sampled_from(["keep", "view", "reshape", "memory", "tensor", "drop"]),
+        ),
         max_size=40,
     )
 )
@@ -47,7 +51,9 @@ def test_no_memory_is_given_out_that_a_view_still_reads(asked: list[tuple[int, s
         elif use == "reshape":
             held.append((array[: size // 2 * 2].reshape(2, -1).T.view(np.uint64), number))
         elif use == "memory":
-            held.append((memoryview(array), number))  # type: ignore[arg-type]  # NumPy tells of its buffers from Python 3.12 on
+            held.append((memoryview(array), number))  # type: ignore[arg-type]  # NumPy tells of buffers from 3.12 on
+        elif use == "tensor":
+            held.append((torch.from_numpy(array)[size // 2 :].view(-1, 1), number))
         else:
             held = held[1:]
         del array
@@ -64,6 +70,18 @@ def test_memory_comes_again_once_it_is_free() -> None:
     assert _address(second) != place
     del view
     assert _address(empty(90_000, np.float64)) == place
+
+
+def test_the_memory_of_a_tensor_comes_again_once_no_view_of_it_is_left() -> None:
+    """It is of the type and size asked for, whatever device is the default, and free when its last view is gone."""
+    with torch.device("meta"):
+        first = empty_tensor(100_000, torch.bfloat16)
+    assert (first.shape, first.dtype, first.device.type) == ((100_000,), torch.bfloat16, "cpu")
+    place, view = first.data_ptr(), first[7:].view(torch.int16)
+    del first
+    assert empty_tensor(100_000, torch.bfloat16).data_ptr() != place
+    del view
+    assert empty_tensor(50_000, torch.float32).data_ptr() == place
 
 
 @pytest.mark.parametrize("size", [LEAST_BYTES - 1, MOST_BYTES + 1])
