@@ -77,6 +77,7 @@ class Numbers(Mapping[Tag, float]):
         self._layout = _layout_of(tags)
         self._table = table
         self._further = dict(further)
+        self._are_known: dict[tuple[str, str], bool] = {}
 
     def column(self, kind: str, statistic: str) -> Mapping[str, float]:
         """One statistic of every site of a kind: name to value, in the order of the rows."""
@@ -94,6 +95,13 @@ class Numbers(Mapping[Tag, float]):
         if is_known.all():
             return _Column(names, values)
         return dict(itertools.compress(zip(names, values.tolist(), strict=True), is_known.tolist()))
+
+    def has(self, kind: str, statistic: str) -> bool:
+        """Whether one statistic of any site of a kind is known; looked up once, since every later step asks again."""
+        known = self._are_known.get((kind, statistic))
+        if known is None:
+            known = self._are_known[kind, statistic] = bool(self.column(kind, statistic))
+        return known
 
     def sizes(self, kind: str, statistic: str, names: tuple[str, ...]) -> FloatArray:
         """One statistic of some sites of a kind, of shape (names,); zero where it is unknown."""

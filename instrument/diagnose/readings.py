@@ -183,6 +183,12 @@ class Reading:
             return self.values.column(kind, statistic)
         return self._columns.get((kind, statistic), {})
 
+    def has(self, kind: str, statistic: str) -> bool:
+        """Whether one statistic of any site of a kind is known."""
+        if isinstance(self.values, Numbers):
+            return self.values.has(kind, statistic)
+        return bool(self.column(kind, statistic))
+
     @functools.cached_property
     def with_gradient(self) -> frozenset[str]:
         """Names of the parameters whose gradient is not zero in whole."""
@@ -198,10 +204,15 @@ class Reading:
         column = self.column("updates", LOG10_RATIO)
         return _shared(tuple(column)), np.array(list(column.values()), np.float64)
 
-    @functools.cached_property
+    @property
     def vectors(self) -> frozenset[str]:
         """Names of the parameters that are no matrices: biases, scales of normalisations."""
-        return frozenset([name for name, traits in self.parameters.items() if traits.ndim < _MATRIX])
+        return _sorts_of(self.parameters).vectors
+
+    @property
+    def asking(self) -> tuple[str, ...]:
+        """Names of the parameters that ask for a gradient."""
+        return _sorts_of(self.parameters).asking
 
     def derived(self) -> dict[Tag, float]:
         """The numbers that the statistics of no single tensor tell; see `DERIVED`."""
@@ -275,6 +286,28 @@ def _about(traits: Mapping[str, Traits]) -> tuple[dict[str, ParameterTraits], li
                 narrow.append(tag)
         known = _last_known = _Known(traits, parameters, narrow)
     return known.parameters, known.narrow
+
+
+class _Sorts(NamedTuple):
+    """What sorts of parameters there are."""
+
+    parameters: Mapping[str, ParameterTraits]
+    vectors: frozenset[str]
+    asking: tuple[str, ...]
+
+
+_last_sorts: _Sorts | None = None
+
+
+def _sorts_of(parameters: Mapping[str, ParameterTraits]) -> _Sorts:
+    """The sorts of parameters; most readings share theirs with the one before."""
+    global _last_sorts
+    known = _last_sorts
+    if known is None or known.parameters is not parameters:
+        vectors = frozenset([name for name, traits in parameters.items() if traits.ndim < _MATRIX])
+        asking = tuple([name for name, traits in parameters.items() if traits.requires_grad])
+        known = _last_sorts = _Sorts(parameters, vectors, asking)
+    return known
 
 
 @functools.cache

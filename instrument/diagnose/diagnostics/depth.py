@@ -50,7 +50,7 @@ def gradient_scale(readings: Sequence[Reading], config: Config) -> Iterator[Find
     none are watched, gradients of activations are.
     """
     last = readings[-1]
-    kind = "gradients" if last.column("gradients", "rms") else "activation_gradients"
+    kind = "gradients" if last.has("gradients", "rms") else "activation_gradients"
     for names, sizes in _profiles(readings, kind, config):
         ratio = max(sizes) / min(sizes)
         if ratio <= config.gradient_depth_ratio:
@@ -78,11 +78,10 @@ def gradient_scale(readings: Sequence[Reading], config: Config) -> Iterator[Find
 
 def _profiles(readings: Sequence[Reading], kind: str, config: Config) -> Iterator[tuple[Sequence[str], list[float]]]:
     """Names and mean sizes of the layers of each role, in the order of depth."""
-    recent = newest(readings, config.depth_checks, lambda reading: reading.column(kind, "rms"))
+    recent = newest(readings, config.depth_checks, lambda reading: reading.has(kind, "rms"))
     if not recent:
         return
-    vectors = readings[-1].vectors
-    for names in _of_one_role(tuple([name for name in recent[-1].column(kind, "rms") if name not in vectors])):
+    for names in _of_one_role(tuple(recent[-1].column(kind, "rms")), readings[-1].vectors):
         sizes = np.array([reading.sizes(kind, "rms", names) for reading in recent])
         # A layer whose gradient is zero stops everything behind it; that is no trend, and is told elsewhere.
         if ((sizes > 0.0) & (sizes < math.inf)).all():
@@ -90,11 +89,12 @@ def _profiles(readings: Sequence[Reading], kind: str, config: Config) -> Iterato
 
 
 @functools.lru_cache(maxsize=16)
-def _of_one_role(layers: tuple[str, ...]) -> list[tuple[str, ...]]:
+def _of_one_role(layers: tuple[str, ...], left_out: frozenset[str]) -> list[tuple[str, ...]]:
     """Names of the layers of each role, where there are enough of them; the same come again each step."""
     groups: dict[str, list[str]] = {}
     for name in layers:
-        groups.setdefault(role(name), []).append(name)
+        if name not in left_out:
+            groups.setdefault(role(name), []).append(name)
     return [tuple(names) for names in groups.values() if len(names) >= _FEWEST_LAYERS]
 
 

@@ -22,8 +22,8 @@ def no_gradient(readings: Sequence[Reading], config: Config) -> Standing:
     recent = newest(readings, config.unused_checks, lambda reading: reading.values.get(GLOBAL_L2))
     last = readings[-1]
     have_one = frozenset[str]().union(*(reading.with_gradient for reading in recent))
-    asking = last.parameters.items() if recent else ()
-    lacking = [name for name, traits in asking if traits.requires_grad and name not in have_one]
+    asking = last.asking if recent else ()
+    lacking = [] if have_one.issuperset(asking) else [name for name in asking if name not in have_one]
     there: set[str] = set()
     for reading in reversed(recent):
         if not there.issuperset(lacking):
@@ -61,7 +61,7 @@ def unchanged(readings: Sequence[Reading], config: Config) -> Iterator[Finding]:
     recent = newest(
         readings,
         config.unchanged_checks,
-        lambda reading: reading.column("updates", "abs_max") and not reading.is_skipped,
+        lambda reading: reading.has("updates", "abs_max") and not reading.is_skipped,
     )
     if not recent:
         return
