@@ -73,11 +73,16 @@ def spread(values: list[float]) -> Timing:
     return Timing(median, low, high)
 
 
-def machine() -> str:
-    """What was measured on, in one line."""
+def machine(threads: int | None = None) -> str:
+    """What was measured on, in one line.
+
+    Args:
+        threads: Of torch, where that was done in other processes.
+    """
     import torch
 
     return (
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__} on {torch.get_num_threads()} "
-        f"threads, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__} on "
+        f"{threads or torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, "
+        f"Python {platform.python_version()}"
     )

@@ -3,17 +3,24 @@
 Every condition trains a model of its own. They take turns in blocks of a few steps, and each block is compared with
 the bare block of the same round; a second bare training shows the noise of the machine. What waits to be written is
 flushed at the end of a block, within its time, so that no thread works on into the next.
+
+Where the tensors of a model lie is decided when they are made, and by that alone a step of 400 small layers is a tenth
+faster or slower, for as long as the process lives. So several processes make all models anew, each in another order,
+and the pairs of all are put together.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +37,10 @@ from .workloads import WORKLOADS, Training, Workload
 
 __all__ = ["run"]
 
-SECONDS = 75.0
-"""About as long is spent on each workload."""
-LEAST_ROUNDS, MOST_ROUNDS = 5, 40
+PROCESSES = 6
+SECONDS = 20.0
+"""About as long each process measures a workload."""
+LEAST_ROUNDS, MOST_ROUNDS = 3, 40
 
 
 class Condition:
@@ -185,45 +193,95 @@ if importlib.util.find_spec("wandb"):
     ROWS.append(Row("wandb.watch offline", Wandb, LOOP, share=2))
 
 
-def run(console: Console, name: str, seconds: float = SECONDS) -> None:
+class Result(NamedTuple):
+    """What came of a condition, in one process or in all."""
+
+    walls: list[float]
+    """Seconds a step of each block; NaN where it was not its turn."""
+    processors: list[float]
+    elements: int
+    """Elements that a step measures."""
+    bytes: float
+    """Written a step."""
+    resident: float
+    """Bytes of memory that came to be in use."""
+
+
+def run(console: Console, name: str) -> None:
     """Print the table of one workload.
 
     Args:
         console: Where to.
         name: "w1", "w2" or "w3".
-        seconds: About how long to measure.
+    """
+    found: list[dict[str, Result]] = []
+    for number in range(PROCESSES):
+        command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.sampled", name, str(number)]
+        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found.append({title: Result(*result) for title, result in json.loads(answer.splitlines()[-1]).items()})
+    results = {row.title: _together([each[row.title] for each in found]) for row in ROWS}
+    workload = WORKLOADS[name]
+    rounds = len(results["bare"].walls)
+    threads = workload.threads or os.cpu_count() or 1
+    title = f"{workload.title}\n{rounds} rounds of {workload.steps} steps in {PROCESSES} processes"
+    console.print(_table(results, f"{title}; {machine(threads)}"))
+
+
+def _together(results: list[Result]) -> Result:
+    """What came of a condition in several processes."""
+    return Result(
+        [wall for result in results for wall in result.walls],
+        [processor for result in results for processor in result.processors],
+        results[0].elements,
+        statistics.median(result.bytes for result in results),
+        statistics.median(result.resident for result in results),
+    )
+
+
+def measured(name: str, number: int) -> dict[str, Result]:
+    """Measure one workload in this process.
+
+    Args:
+        name: "w1", "w2" or "w3".
+        number: Of the process: it decides in which order models are made.
+
+    Returns:
+        What came of each condition.
     """
     workload = WORKLOADS[name]
-    threads = torch.get_num_threads()
     torch.set_num_threads(workload.threads or os.cpu_count() or 1)
+    shuffle = random.Random(number)
     with tempfile.TemporaryDirectory() as directory:
         conditions: dict[str, Condition] = {}
         try:
-            for number, row in enumerate(ROWS):
+            for place, row in enumerate(shuffle.sample(ROWS, len(ROWS))):
                 before = resident()
                 training = workload.make()
                 training.step()  # makes gradients and the optimizer's state, which are no cost of a watch
                 made = resident() - before
-                conditions[row.title] = condition = row.make(training, Path(directory, str(number)))
+                conditions[row.title] = condition = row.make(training, Path(directory, str(place)))
                 condition.block(2)
                 condition.resident = resident() - before - made
                 condition.walls.clear()
                 condition.processors.clear()
-            rounds = _take_turns(conditions, workload, seconds)
-            table = _table(conditions, f"{workload.title}\n{rounds} rounds of {workload.steps} steps; {machine()}")
+            _take_turns(conditions, workload, shuffle)
+            return {title: _result(condition) for title, condition in conditions.items()}
         finally:
             for condition in conditions.values():
                 condition.close()
-            torch.set_num_threads(threads)
-    console.print(table)
 
 
-def _take_turns(conditions: dict[str, Condition], workload: Workload, seconds: float) -> int:
-    shuffle = random.Random(0)
+def _result(condition: Condition) -> Result:
+    written = sum(path.stat().st_size for path in condition.directory.rglob("*") if path.is_file())
+    walls, processors = condition.walls, condition.processors
+    return Result(walls, processors, condition.elements(), written / condition.steps, condition.resident)
+
+
+def _take_turns(conditions: dict[str, Condition], workload: Workload, shuffle: random.Random) -> None:
     started = time.monotonic()
     for number in range(MOST_ROUNDS):
-        if number >= LEAST_ROUNDS and time.monotonic() - started > seconds:
-            return number
+        if number >= LEAST_ROUNDS and time.monotonic() - started > SECONDS:
+            return
         order = [row for row in ROWS if number % row.share == 0]
         shuffle.shuffle(order)
         for row in ROWS:
@@ -233,10 +291,9 @@ def _take_turns(conditions: dict[str, Condition], workload: Workload, seconds: f
             conditions[row.title].processors.append(float("nan"))
         for row in order:
             conditions[row.title].block(1 if row.share > 1 else workload.steps)
-    return MOST_ROUNDS
 
 
-def _table(conditions: dict[str, Condition], title: str) -> Table:
+def _table(results: Mapping[str, Result], title: str) -> Table:
     table = Table(title=title)
     table.add_column("sampling every step")
     for heading in (
@@ -244,25 +301,24 @@ def _table(conditions: dict[str, Condition], title: str) -> Table:
         "ns an element", "kB a step", "RSS +MiB",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
-    bare = conditions["bare"]
-    extras = {title: _extra(condition, bare) for title, condition in conditions.items()}
+    bare = results["bare"]
+    extras = {title: _extra(result, bare) for title, result in results.items()}
     for row in ROWS:
-        condition, extra = conditions[row.title], extras[row.title]
-        if condition is bare:
+        result, extra = results[row.title], extras[row.title]
+        if result is bare:
             medians = (1e3 * statistics.median(values) for values in (bare.walls, bare.processors))
             table.add_row(row.title, *(f"{median:.1f} ms" for median in medians))
             continue
-        elements = condition.elements() if condition.elements() and "not sampled" not in row.title else 0
-        written = sum(path.stat().st_size for path in condition.directory.rglob("*") if path.is_file())
+        elements = result.elements if "not sampled" not in row.title else 0
         table.add_row(
             row.title,
-            _ratio(condition.walls, bare.walls),
-            _ratio(condition.processors, bare.processors),
+            _ratio(result.walls, bare.walls),
+            _ratio(result.processors, bare.processors),
             f"{1e3 * extra:.2f}",
             f"{extras[row.rival] / extra:.1f}" if row.rival and extra > 0 else "",
             f"{1e9 * extra / elements:.2f}" if elements else "",
-            f"{written / condition.steps / 1e3:.1f}",
-            f"{condition.resident / 2**20:.1f}",
+            f"{result.bytes / 1e3:.1f}",
+            f"{result.resident / 2**20:.1f}",
         )
     return table
 
@@ -271,10 +327,14 @@ def _pairs(values: list[float], bare: list[float]) -> list[tuple[float, float]]:
     return [(value, base) for value, base in zip(values, bare, strict=True) if value == value]
 
 
-def _extra(condition: Condition, bare: Condition) -> float:
-    return statistics.median(value - base for value, base in _pairs(condition.walls, bare.walls))
+def _extra(result: Result, bare: Result) -> float:
+    return statistics.median(value - base for value, base in _pairs(result.walls, bare.walls))
 
 
 def _ratio(values: list[float], bare: list[float]) -> str:
     found = spread([value / base for value, base in _pairs(values, bare)])
     return f"{found.median:.3f} ({found.low:.2f}..{found.high:.2f})"
+
+
+if __name__ == "__main__":
+    print(json.dumps(measured(sys.argv[1], int(sys.argv[2]))))
