@@ -63,10 +63,13 @@ class RowTallies:
                         continue
                     item = column.items[first + place] if column is not None and is_first else None
                     if isinstance(item, int):
-                        names, places, rows, of = groups.setdefault(item // GROUP, ([], [], [], []))
+                        known = groups.get(item // GROUP)
+                        if known is None:
+                            known = groups[item // GROUP] = [], [], [], []
+                        names, places, rows, of = known
                         names.append(site.name)
                         places.append(item % GROUP)
-                        rows.append(len(gradient))
+                        rows.append(gradient.size(0))  # `len` is a function of Python, five times as dear
                         of.append(samples or otherwise)
                     elif is_first and self._devices.can_find_rows(gradient):
                         names, gradients, of = away.setdefault((gradient.device, gradient.dtype), ([], [], []))

@@ -102,6 +102,7 @@ class UnitJudge:
         self._copied = copied
         self._devices = devices
         self._roles: dict[str, _Role] = {}
+        self._nonlinearities: list[tuple[str, Slopes]] = []
         self._with_rows: dict[str, str] = {}
         self._selections = 0
         self._root: str | None = None
@@ -128,6 +129,9 @@ class UnitJudge:
             role = self._roles.get(entry.name)
             roles[entry.name] = role if role is not None and role.module() is entry.module else self._role(entry)
         self._roles = roles
+        self._nonlinearities = [
+            (name, role.slopes) for name, role in roles.items() if role.is_nonlinearity and role.slopes is not None
+        ]
         self._with_rows = {f"{name}.weight": name for name, role in roles.items() if role.weight_axis is not None}
 
     def pass_starts(self) -> None:
@@ -225,9 +229,9 @@ class UnitJudge:
             Name, and a tally of no unit and no sample.
         """
         self._seen.update(seen)
-        for name, role in self._roles.items():
-            if role.is_nonlinearity and role.slopes is not None and name not in self._seen and name not in self._keys:
-                yield name, UnitTally.empty(0, role.slopes.function)
+        for name, slopes in self._nonlinearities:
+            if name not in self._seen and name not in self._keys:
+                yield name, UnitTally.empty(0, slopes.function)
 
     def _input(self, name: str, role: _Role, inputs: Any, output: torch.Tensor) -> tuple[torch.Tensor, Slopes | None]:
         """What tells the slope of a nonlinearity: its input, or its output where the input is gone."""
