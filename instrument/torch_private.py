@@ -92,7 +92,6 @@ def _lookup(path: str) -> Any:
 
 _graph_task_id: Callable[[], int] | None = _lookup("torch._C._current_graph_task_id")
 _interpreter_stack: Callable[[], object] | None = _lookup("torch._C._functorch.peek_interpreter_stack")
-_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # public, and not in its list
 _modes_active: Callable[[], int] | None = _lookup("torch._C._len_torch_dispatch_stack")
 _function_modes: Callable[[], int] | None = _lookup("torch._C._len_torch_function_stack")
 _disable_modes: Callable[[], contextlib.AbstractContextManager[Any]] | None = _lookup(
@@ -107,10 +106,8 @@ _flatten: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = _lookup("tor
 _engine: Any = _lookup("torch.autograd.Variable._execution_engine")
 _module_attributes = frozenset(vars(torch.nn.Module()))
 _has_version = _lookup("torch.Tensor._version") is not None
-_has_hook_lists = None not in (
-    _lookup("torch.Tensor._backward_hooks"),
-    _lookup("torch.Tensor._post_accumulate_grad_hooks"),
-)
+_HOOK_LISTS = "torch.Tensor._backward_hooks", "torch.Tensor._post_accumulate_grad_hooks"
+_has_hook_lists = None not in map(_lookup, _HOOK_LISTS)
 
 
 def in_backward() -> bool:
@@ -129,7 +126,8 @@ def when_backward_ends(function: Callable[[], None]) -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` or a tracer runs the caller; their tensors have no values to read."""
-    return (_interpreter_stack is not None and _interpreter_stack() is not None) or _is_tracing()
+    is_tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # public, if not in lists
+    return is_tracing or (_interpreter_stack is not None and _interpreter_stack() is not None)
 
 
 def is_asked_unseen() -> bool:
@@ -137,7 +135,7 @@ def is_asked_unseen() -> bool:
 
     Dispatch modes never see size, strides, and where it lies, since no operation answers; function modes do.
     """
-    return _function_modes is not None and not _function_modes() and (_disable_modes is not None or can_hide())
+    return _function_modes is not None and not _function_modes() and can_hide()
 
 
 def can_hide() -> bool:
@@ -168,9 +166,7 @@ def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-version_of: Callable[[torch.Tensor], int | None] = (
-    operator.attrgetter("_version") if _has_version else lambda tensor: None
-)
+version_of: Callable[[torch.Tensor], int | None] = operator.attrgetter("_version") if _has_version else lambda t: None
 """How often a tensor was changed in place, where torch tells; changes through ``.data`` do not count."""
 
 
@@ -391,7 +387,11 @@ class Unseen:
             self._modes.enter_context(torch.inference_mode(False))
             if _disable_modes is not None:
                 self._modes.enter_context(_disable_modes())
-        _set_grad_enabled(False)
+        try:
+            _set_grad_enabled(False)
+        except BaseException:  # Ctrl-C right behind it: nobody else calls this then
+            self.__exit__()
+            raise
 
     def __exit__(self, *exception: object) -> None:
         if self._modes is not None:

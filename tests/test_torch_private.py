@@ -718,3 +718,20 @@ def test_no_string_elsewhere_reaches_for_a_private_name() -> None:
             name = str(key.value) if isinstance(key, ast.Constant) else ""
             assert not re.match(r"_(?!_)(?!fields)", name), f"{path} reaches for {name}"
     assert checked > 10_000
+
+
+def test_ctrl_c_on_the_way_into_hiding_leaves_gradients_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that comes when gradients have just been switched off, and nobody is to switch them on again."""
+    from instrument import torch_private
+
+    switch, signals = torch_private._set_grad_enabled, [KeyboardInterrupt]
+
+    def interrupted(mode: bool) -> None:
+        switch(mode)
+        if signals:
+            raise signals.pop()
+
+    monkeypatch.setattr(torch_private, "_set_grad_enabled", interrupted)
+    with pytest.raises(KeyboardInterrupt), torch_private.Unseen():
+        raise AssertionError("not reached")
+    assert torch.is_grad_enabled()

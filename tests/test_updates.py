@@ -28,7 +28,7 @@ def told(updates: Updates, pairs: Pairs) -> dict[str, np.ndarray[Any, Any]]:
     if together is not None:
         sites, column = together
         for group in column.groups:
-            for values in group._values().split(group._lengths):
+            for values in group._values().split(np.diff(group._ends, prepend=0).tolist()):
                 found[sites[len(found)].name] = values.numpy()
     alone = {site.name: change.numpy() for site, change in updates.alone(pairs)}
     assert found.keys().isdisjoint(alone)

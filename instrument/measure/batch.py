@@ -300,8 +300,10 @@ class Batch:
         """Where what lies on GPUs waits until the batch is cut."""
         self._sample_above = sample_above
         self._groups: dict[torch.dtype, ArrivingGroup] = {}
+        self._came: dict[torch.dtype, int] = {}
+        """Elements that came of each type since the last cut, in groups that are full;"""
         self._expected: dict[torch.dtype, int] = {}
-        """Elements that came of each type between the last two cuts."""
+        """and those that came between the last two cuts."""
 
     def add(self, tensor: torch.Tensor) -> Sketch | Pending:
         """Measure a tensor as it is now, at once or later.
@@ -343,7 +345,9 @@ class Batch:
             group = self._groups.get(tensor.dtype)
             place = group.add(tensor, size, address) if group is not None else None
             while group is None or place is None:
-                group = ArrivingGroup(tensor.dtype, self._expected.get(tensor.dtype, 0))
+                came = self._came.get(tensor.dtype, 0) + (group.size if group is not None else 0)
+                self._came[tensor.dtype] = came
+                group = ArrivingGroup(tensor.dtype, self._expected.get(tensor.dtype, 0) - came)
                 place = group.add(tensor, size, address)
                 self._groups[tensor.dtype] = group  # only now may other threads add to it
         return group, place
@@ -353,6 +357,6 @@ class Batch:
 
         What lies on GPUs begins its way to the host.
         """
-        groups, self._groups = self._groups, {}
-        self._expected = {dtype: group.size for dtype, group in groups.items()}
+        groups, self._groups, came, self._came = self._groups, {}, self._came, {}
+        self._expected = {dtype: came.get(dtype, 0) + group.size for dtype, group in groups.items()}
         self.devices.send()

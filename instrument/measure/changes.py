@@ -6,6 +6,8 @@ float64 tensor.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -53,13 +55,15 @@ class _Changes(Group):
     def __init__(self, before: torch.Tensor, after: torch.Tensor, sizes: list[int]) -> None:
         super().__init__()
         self._before, self._after = before, after
-        self._lengths, self.size, self.is_full = sizes, len(before), True
+        self._ends, self.is_full = list(itertools.accumulate(sizes)), True
 
     def _values(self) -> torch.Tensor:
         before, after = (as_single(values).numpy() for values in (self._before, self._after))
-        del self._after, self._before
         with np.errstate(invalid="ignore"):  # between one infinity and the same there is no number
             return torch.from_numpy(np.subtract(after, before, dtype=np.float64))
+
+    def _forget(self) -> None:
+        self._before = self._after = torch.empty(0)
 
     def _sketches_of(self, flat: torch.Tensor, lengths: IntArray) -> Sketches:
         exact = flat.numpy()

@@ -100,7 +100,7 @@ class Sketches:
 
     def part(self, start: int, end: int) -> Sketches:
         """Those from one place to before another, in the same memory."""
-        if end - start == len(self):
+        if start == 0 and end == len(self):
             return self
         first = int(self.ends[start - 1]) if start else 0
         last = int(self.ends[end - 1]) if end else 0

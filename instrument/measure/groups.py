@@ -14,9 +14,11 @@ from __future__ import annotations
 import abc
 import contextlib
 import ctypes
+import itertools
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,25 +73,29 @@ class Later:
 class Group(abc.ABC):
     """Small tensors of one type that are measured at one time, however they come."""
 
-    __slots__ = ("_flat", "_found", "_lengths", "_lock", "_wanted", "is_full", "size")
+    __slots__ = ("_ends", "_found", "_lock", "_wanted", "is_full")
 
     def __init__(self) -> None:
         self.is_full = False
         """Whether no more is to be added."""
-        self._lengths: list[int] = []
-        self.size = 0
-        """How many elements the tensors have in all."""
-        self._flat: torch.Tensor | None = None
+        # Whatever interrupts, each tensor is noted whole or not at all, since this alone says where values are.
+        self._ends: list[int] = []
+        """Where the values of each tensor end, behind those of all before."""
         self._found: Sketches | Exception | None = None
         self._wanted = LateTallies()
         self._lock = threading.RLock()  # a finalizer may ask in the middle of our own calls
 
-    def _note(self, size: int) -> int:
-        """Note a tensor of so many elements; returns its place."""
-        self._lengths.append(size)
-        self.size += size
-        self.is_full = self.size > TOGETHER - SMALL or len(self._lengths) == GROUP
-        return len(self._lengths) - 1
+    @property
+    def size(self) -> int:
+        """How many elements the tensors have in all."""
+        return self._ends[-1] if self._ends else 0
+
+    def _note(self, end: int) -> int:
+        """Note a tensor whose values end there; returns its place."""
+        ends = self._ends
+        ends.append(end)
+        self.is_full = end > TOGETHER - SMALL or len(ends) >= GROUP
+        return len(ends) - 1
 
     def sketches(self) -> Sketches:
         """The sketches of the tensors, in the order in which they came.
@@ -104,21 +110,26 @@ class Group(abc.ABC):
                     found = self._measured()
                     if self._found is None:  # else a finalizer that ran meanwhile has asked as well
                         self._found = found
-                    self._flat = None
+                    self._forget()
         if isinstance(self._found, Exception):
             raise self._found
         return self._found
 
     def _measured(self) -> Sketches | Exception:
         try:
-            flat, lengths = self._values(), np.array(self._lengths, np.int64)
-            self._wanted.make(flat, np.cumsum(lengths) - lengths)
+            ends = np.array(self._ends, np.int64)
+            flat, lengths = self._values(), np.diff(ends, prepend=0)
+            self._wanted.make(flat, ends - lengths)
             return self._sketches_of(flat, lengths)
         except Exception as error:
             return error
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._ends)
+
+    def _length(self, place: int) -> int:
+        """How many elements the tensor at a place has."""
+        return self._ends[place] - (self._ends[place - 1] if place else 0)
 
     @property
     def held(self) -> int:
@@ -143,7 +154,7 @@ class Group(abc.ABC):
             number of elements than when it was copied.
         """
         with self._lock:
-            if self._found is not None or math.prod(shape) != self._lengths[place]:
+            if self._found is not None or math.prod(shape) != self._length(place):
                 return None
             return self._wanted.add(place, shape, axis, slopes)
 
@@ -161,7 +172,7 @@ class Group(abc.ABC):
         with self._lock:
             if self._found is not None:
                 return None
-            widths = [self._lengths[place] // count for place, count in zip(places, rows, strict=True)]
+            widths = [self._length(place) // count for place, count in zip(places, rows, strict=True)]
             return self._wanted.add_rows(places, rows, widths, samples)
 
     def late(self, number: int) -> LateTally:
@@ -205,7 +216,11 @@ class Group(abc.ABC):
 
     @abc.abstractmethod
     def _values(self) -> torch.Tensor:
-        """All values, one tensor behind the other."""
+        """All values, one tensor behind the other, as often as this is asked for."""
+
+    @abc.abstractmethod
+    def _forget(self) -> None:
+        """Let go of the values: they are measured."""
 
     def _sketches_of(self, flat: torch.Tensor, lengths: IntArray) -> Sketches:
         """The sketches of these values."""
@@ -215,20 +230,21 @@ class Group(abc.ABC):
 class GatheredGroup(Group):
     """Tensors that are there at the same time: they are referred to until `copy`, which copies all in one call."""
 
-    __slots__ = ("_addresses", "_tensors")
+    __slots__ = ("_addresses", "_flat", "_tensors")
 
     def __init__(self) -> None:
         super().__init__()
+        self._flat: torch.Tensor | None = None
         self._tensors: list[torch.Tensor] = []
         self._addresses: list[int] = []
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor], sizes: list[int], addresses: list[int]) -> Iterator[GatheredGroup]:
         """As many groups as it takes for tensors of which `small_together` told sizes and addresses, copied already."""
-        for part, size in cut(sizes):
+        for part, _ in cut(sizes):
             group = cls()
-            group._tensors, group._addresses, group._lengths = [*tensors[part]], addresses[part], sizes[part]
-            group.size = size
+            group._tensors, group._addresses = [*tensors[part]], addresses[part]
+            group._ends = list(itertools.accumulate(sizes[part]))
             group.copy()
             yield group
 
@@ -236,7 +252,7 @@ class GatheredGroup(Group):
         """Take a tensor in, of which `small` told size and address; returns its place, None where all is measured."""
         self._tensors.append(tensor)
         self._addresses.append(address)
-        place = self._note(size)
+        place = self._note(self.size + size)
         return place if self._found is None else None
 
     def copy(self) -> None:
@@ -244,9 +260,11 @@ class GatheredGroup(Group):
         self.is_full = True
         if self._flat is not None or self._found is not None:
             return
+        many = len(self._ends)  # more may be here, where something has interrupted `add`
+        del self._tensors[many:], self._addresses[many:]
         if native.is_there() and 0 not in self._addresses:
-            lengths = np.array(self._lengths, np.int64)
-            self._flat = native.gathered(self._addresses, lengths, self._tensors[0].dtype)
+            ends = np.array(self._ends, np.int64)
+            self._flat = native.gathered(self._addresses, np.diff(ends, prepend=0), self._tensors[0].dtype)
         else:
             self._flat = flattened(self._tensors)
         self._tensors, self._addresses = [], []
@@ -257,12 +275,24 @@ class GatheredGroup(Group):
         assert self._flat is not None
         return self._flat
 
+    def _forget(self) -> None:
+        self._flat = None
+
 
 # `ctypes.memmove` itself gives the interpreter lock up, which costs as much as to copy 8 kB, and a wait besides where
 # another thread takes it.
 _copy = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
 )
+
+
+class _Room(NamedTuple):
+    """Memory for the values of a group, from one place among them up to another."""
+
+    values: torch.Tensor
+    address: int
+    begin: int
+    end: int
 
 
 class ArrivingGroup(Group):
@@ -275,23 +305,21 @@ class ArrivingGroup(Group):
         expected: How many elements will come, as far as that can be told.
     """
 
-    __slots__ = ("_address", "_full", "_is_busy", "_itemsize", "_left")
+    __slots__ = ("_dtype", "_is_busy", "_itemsize", "_rooms")
 
     def __init__(self, dtype: torch.dtype, expected: int = 0) -> None:
         super().__init__()
-        self._full: list[torch.Tensor] = []
-        """Blocks before the last, each as far as it is used."""
+        self._dtype = dtype
         self._itemsize = SIZES[dtype]
         self._is_busy = False
-        self._take_room(min(-(-expected // BLOCK) * BLOCK or BLOCK, TOGETHER), dtype)
+        self._rooms = [self._room(0, min(-(-expected // BLOCK) * BLOCK, TOGETHER))]
+        """None once everything is measured."""
 
-    def _take_room(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        self._flat = room = recycling.empty_tensor(elements, dtype)
-        self._address = room.data_ptr()
-        """Where the next tensor goes,"""
-        self._left = elements
-        """and how many elements have room there."""
-        return room
+    def _room(self, begin: int, elements: int = BLOCK) -> _Room:
+        """Memory for so many elements, at least for a block, from a place on."""
+        elements = max(elements, BLOCK)
+        values = recycling.empty_tensor(elements, self._dtype)
+        return _Room(values, values.data_ptr(), begin, begin + elements)
 
     def add(self, tensor: torch.Tensor, size: int, address: int, may_grow: bool = True) -> int | None:
         """Copy a tensor of which `small` told size and address.
@@ -306,32 +334,41 @@ class ArrivingGroup(Group):
             Its place; None where the group is full or measured already, or would have to grow.
         """
         with self._lock:
-            room = self._flat
-            if self.is_full or room is None or self._is_busy or (size > self._left and not may_grow):
+            rooms = self._rooms
+            if self.is_full or not rooms or self._is_busy:
                 return None
             self._is_busy = True  # a finalizer that adds a tensor in the middle of this takes another group
             try:
-                if size > self._left:
-                    self._full.append(room[: len(room) - self._left])
-                    room = self._take_room(BLOCK, room.dtype)
+                start = self._ends[-1] if self._ends else 0
+                room = rooms[-1]
+                if start + size > room.end:
+                    if not may_grow:
+                        return None
+                    rooms.append(self._room(start))
+                    room = rooms[-1]
                 if address:
-                    _copy(self._address, address, size * self._itemsize)
+                    place = room.address + (start - room.begin) * self._itemsize
+                    _copy(place, address, size * self._itemsize)
                 else:
-                    start = len(room) - self._left
-                    room[start : start + size].view(tensor.shape).copy_(tensor)
-                if self._found is not None:  # one may have asked for what is there, too
-                    return None
-                self._address += size * self._itemsize
-                self._left -= size
-                return self._note(size)
+                    own = slice(start - room.begin, start - room.begin + size)
+                    room.values[own].view(tensor.shape).copy_(tensor)
+                # And one may have asked for what is there.
+                return self._note(start + size) if self._found is None else None
             finally:
                 self._is_busy = False
 
     def _values(self) -> torch.Tensor:
-        assert self._flat is not None
-        last, full = self._flat[: len(self._flat) - self._left], self._full
-        self._full = []
-        return torch.cat([*full, last]) if full else last
+        rooms, lasts = self._rooms, [*(room.begin for room in self._rooms[1:]), self.size]
+        parts = [room.values[: last - room.begin] for room, last in zip(rooms, lasts, strict=True)]
+        return parts[0] if len(parts) == 1 else recycling.joined_tensors(parts)
+
+    def _forget(self) -> None:
+        self._rooms = []
+
+    @property
+    def held(self) -> int:
+        """Bytes of the memory for values that wait to be measured."""
+        return sum((room.end - room.begin) * self._itemsize for room in self._rooms)
 
 
 def _measured_together(flat: torch.Tensor, lengths: IntArray) -> Sketches:

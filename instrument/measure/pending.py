@@ -129,9 +129,14 @@ def gathered(
         Exception: What went wrong when they were measured.
     """
     if set(map(type, items)) == {int}:  # a step of small tensors, and each part of it
-        runs = _runs_in(tuple(items), stride)
+        numbers, places, runs = _taken_apart(tuple(items), stride)
         if runs is not None:
             return Sketches.joined([sources[number].sketches().part(first, end) for number, first, end in runs])
+        parts = _Parts()
+        starts = np.zeros(len(sources), np.int64)
+        for number in dict.fromkeys(numbers.tolist()):
+            starts[number] = parts.start_of(sources[number].sketches())
+        return parts.taken(starts[numbers] + places)
     parts = _Parts()
     order = np.empty(len(items), np.int64)
     alone: list[Sketch] = []
@@ -158,13 +163,29 @@ def gathered(
 
 
 @functools.lru_cache(maxsize=16)
-def _runs_in(places: tuple[int, ...], stride: int) -> list[tuple[int, int, int]] | None:
-    """The same places, which come again each step, as numbers of sources with the first place and the end in each.
+def _taken_apart(items: tuple[int, ...], stride: int) -> tuple[IntArray, IntArray, list[tuple[int, int, int]] | None]:
+    """Places in sources, which come again each step.
 
-    None where such runs are short.
+    Args:
+        items: Number of the source times the stride, and the place in it.
+        stride: More than any source has.
+
+    Returns:
+        Numbers; places; and, where they follow each other, numbers of sources with the first place and the end in each.
     """
-    runs = runs_of(np.array(places, np.int64))
-    return [(first // stride, first % stride, end - first // stride * stride) for first, end in runs] if runs else None
+    every = np.array(items, np.int64)
+    numbers, places = np.divmod(every, stride)
+    runs = runs_of(every)
+    if runs is None:
+        return numbers, places, None
+    found = []
+    for first, end in runs:
+        while first < end:  # the last place of a full source and the first one of the next follow each other, too
+            number = first // stride
+            last = min(end, (number + 1) * stride)
+            found.append((number, first - number * stride, last - number * stride))
+            first = last
+    return numbers, places, found
 
 
 class _Parts:

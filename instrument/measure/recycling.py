@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["KEPT_BYTES", "LEAST_BYTES", "MOST_BYTES", "copied", "empty", "empty_tensor", "joined"]
+__all__ = ["KEPT_BYTES", "LEAST_BYTES", "MOST_BYTES", "copied", "empty", "empty_tensor", "joined", "joined_tensors"]
 
 LEAST_BYTES = 64 << 10
 """Smaller arrays are left to the C library, which keeps what it is given back of them."""
@@ -73,6 +73,15 @@ def empty(size: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 def empty_tensor(size: int, dtype: torch.dtype) -> torch.Tensor:
     """The same as a tensor of shape (size,), as `torch.empty` gives one on the CPU; call it under `Unseen`."""
     return torch.from_numpy(empty(size * dtype.itemsize, np.uint8)).view(dtype)
+
+
+def joined_tensors(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors on the CPU of shape (n,) and of one type, at least one, one behind the other; call it under `Unseen`.
+
+    By NumPy: `torch.cat` would wake torch's threads, for which a forked child waits for ever.
+    """
+    values = joined([tensor.view(torch.uint8).numpy() for tensor in tensors])
+    return torch.from_numpy(values).view(tensors[0].dtype)
 
 
 def copied(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import sys
 import threading
@@ -15,13 +17,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from instrument.errors import UnmeasurableError
-from instrument.measure import groups
+from instrument.measure import groups, recycling
 from instrument.measure.batch import Batch, Column, measure_later, measure_many
 from instrument.measure.custom_op import measure
 from instrument.measure.groups import Later
+from instrument.measure.pending import gathered
 from instrument.measure.sketch import Sketch
 from instrument.measure.small import GROUP, SMALL, TOGETHER
 
+from .interruption import interrupted_at
 from .twin import assert_measures
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -137,6 +141,8 @@ def test_a_long_list_fills_several_groups() -> None:
     assert len(column.items) == len(tensors)
     for found, alone in zip(column, expected, strict=True):
         assert_same(sketch_of(found), alone)
+    together = measure_later([torch.full((3,), float(number)) for number in range(2 * GROUP + 7)]).sketches()
+    assert together.column("low").tolist() == list(range(2 * GROUP + 7))
 
 
 def freed() -> torch.Tensor:
@@ -381,3 +387,84 @@ def test_who_asks_in_the_middle_of_measuring_is_answered_once(monkeypatch: pytes
 
     monkeypatch.setattr(groups, "_measured_together", interrupted)
     assert item.group.sketches() is inside[0]
+
+
+@pytest.mark.parametrize("size", [2, SMALL])
+def test_whoever_measures_again_finds_every_block(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of measuring takes nothing away, nor does a finalizer that asks there."""
+    batch = Batch()
+    items = [batch.add(torch.full((size,), float(number))) for number in range(40)]
+    together = groups._measured_together
+
+    def stopped(*_: Any) -> Any:
+        monkeypatch.setattr(groups, "_measured_together", asking)
+        raise KeyboardInterrupt
+
+    def asking(*arguments: Any) -> Any:
+        monkeypatch.setattr(groups, "_measured_together", together)
+        assert sketch_of(items[39]).mean == 39.0
+        return together(*arguments)
+
+    monkeypatch.setattr(groups, "_measured_together", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sketch_of(items[0])
+    assert [sketch_of(item).mean for item in items] == [float(number) for number in range(40)]
+
+
+@pytest.mark.parametrize(("size", "before"), [(100, 3), (SMALL, 16)])
+def test_an_addition_that_is_interrupted_shifts_no_other(size: int, before: int) -> None:
+    """Wherever Ctrl-C comes while a tensor is taken in, with new memory or without, those around it keep their values.
+
+    Before every instruction, which is more often than Python looks for signals.
+    """
+    functions = (
+        groups.ArrivingGroup.add, groups.ArrivingGroup._room, groups.Group._note, recycling.empty_tensor,
+        recycling.empty,
+    )  # fmt: skip
+    for place in itertools.count():
+        batch, tensor = Batch(), torch.full((size,), 777.0)
+        items = [batch.add(torch.full((size,), float(number))) for number in range(before)]
+        try:
+            found = interrupted_at(place, functions, functools.partial(batch.add, tensor))
+        except StopIteration:
+            break
+        assert found is None
+        items += [batch.add(torch.full((5 if number % 2 else size,), float(number))) for number in range(before, 30)]
+        assert [sketch_of(item).mean for item in items] == [float(number) for number in range(30)]
+    assert place > 50
+
+
+def test_a_batch_takes_as_much_memory_as_the_step_before() -> None:
+    """From the second step on, each group has one block, and its values need not be joined."""
+    batch = Batch()
+    for step in range(3):
+        found = {id(group): group for group, _ in (batch.put(torch.ones(SMALL)) for _ in range(100))}
+        blocks = [len(group._rooms) for group in found.values() if isinstance(group, groups.ArrivingGroup)]
+        assert blocks == ([4, 3] if step == 0 else [1, 1])
+        batch.cut()
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_columns_are_in_whatever_order_places_are(data: st.DataObject) -> None:
+    """Places of several sources, in runs or one by one, full sources among them, against each place by itself."""
+    stride = 8
+    many = data.draw(st.lists(st.integers(1, stride), min_size=1, max_size=4))
+    sources = []
+    for number, count in enumerate(many):
+        column = Column()
+        column.items += [measure(torch.full((place + 1,), 100.0 * number + place)) for place in range(count)]
+        sources.append(column)
+    every = [stride * number + place for number, count in enumerate(many) for place in range(count)]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(every)), max_size=3)))
+    runs = [every[start:end] for start, end in itertools.pairwise([0, *cuts, len(every)])]
+    order = data.draw(
+        st.one_of(
+            st.permutations(every), st.permutations(runs).map(lambda runs: [*itertools.chain.from_iterable(runs)])
+        )
+    )
+    order = order * data.draw(st.sampled_from([1, 20]))
+    found = gathered(order, sources, stride)
+    expected = [100.0 * (item // stride) + item % stride for item in order]
+    assert [sketch.mean for sketch in found] == expected
+    assert [sketch.count for sketch in found] == [item % stride + 1 for item in order]

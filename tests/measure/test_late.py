@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +17,8 @@ from instrument.measure.slopes import slopes_named
 from instrument.measure.small import GROUP
 from instrument.measure.units import LateTallies, UnitTally, late, tally_rows, tally_units
 from instrument.torch_private import Unseen
+
+from .interruption import interrupted_at
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -160,3 +164,28 @@ def test_a_tensor_that_has_grown_since_is_not_read_beyond_its_copy() -> None:
     assert isinstance(group, ArrivingGroup)
     assert group.tally(place, (300, 200), 1, None) is None
     assert group.tally(place, (2, 3), 1, None) is not None
+
+
+@pytest.mark.parametrize("are_rows", [False, True])
+def test_a_wish_that_is_interrupted_changes_no_other(are_rows: bool) -> None:
+    """Wherever Ctrl-C comes while a tally is asked for, those asked for before and after are of their own tensors."""
+    shape = (3, 2)
+    for place in itertools.count():
+        group = ArrivingGroup(torch.float32)
+
+        def ask(number: int, group: ArrivingGroup = group) -> int | None:
+            at = group.add(tensor := torch.full(shape, float(number)), 6, tensor.data_ptr())
+            assert at is not None
+            return group.rows([at], [3], [1 + number]) if are_rows else group.tally(at, shape, 1, None)
+
+        numbers = [ask(0)]
+        try:
+            interrupted_at(place, [LateTallies.add, LateTallies.add_rows], functools.partial(ask, 1))
+        except StopIteration:
+            break
+        numbers += [ask(2), ask(3)]
+        made = [group.made(number) for number in numbers if number is not None]
+        assert [tally.samples for tally in made] == ([0, 3, 4] if are_rows else [3, 3, 3])
+        if not are_rows:
+            assert [tally.low.tolist() for tally in made] == [[0.0] * 2, [2.0] * 2, [3.0] * 2]
+    assert place > 10

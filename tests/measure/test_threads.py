@@ -68,19 +68,27 @@ def test_any_number_of_threads_gives_the_same(name: str, above: int) -> None:
 SCRIPT = f"""
 import os, sys, torch
 from instrument import measure
+from instrument.measure.batch import Batch
 torch.set_num_threads(2)
 values = torch.arange({SIZE}.0)
 before = measure(values)
+values.add(1.0)  # torch's threads are there now
 pid = os.fork()
 if pid == 0:
-    os._exit(0 if measure(values).total == before.total else 1)
+    batch = Batch()
+    items = [batch.add(torch.full((8000,), float(number))) for number in range(40)]
+    is_right = [item.sketch().mean for item in items] == list(range(40)) and measure(values).total == before.total
+    os._exit(0 if is_right else 1)
 status = os.waitpid(pid, 0)[1]
 print(os.waitstatus_to_exitcode(status))
 """
 
 
 def test_a_forked_child_does_not_wait_for_threads_that_it_lacks() -> None:
-    """A child of a process whose torch has used its threads measures large tensors: torch itself would hang there."""
+    """A child of a process whose torch has used its threads measures large tensors, and blocks of small ones.
+
+    An operation of torch on as many elements would hang there.
+    """
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (0, "0\n"), result.stderr

@@ -9,6 +9,7 @@ follows them one by one, took 12 us.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -142,13 +143,14 @@ class LateTallies:
     def __init__(self) -> None:
         self.samples: list[int] = []
         """Of each tally how many samples it is of."""
-        self._outputs: tuple[list[int], list[int], list[int]] = [], [], []
-        """Of each tally of units its number, the place of its tensor, and the kind of that."""
+        # Each is one list, and is added to by one operation: Ctrl-C in the middle leaves no entry that is half there.
+        self._outputs: list[int] = []
+        """Of each tally of units three entries: its number, the place of its tensor, and the kind of that."""
         self._kinds: dict[tuple[tuple[int, ...], int], int] = {}
         """Shape and dimension of the units of each kind; most tensors of a group are of a few."""
         self._slopes: dict[int, Slopes] = {}
-        self._gradients: tuple[list[int], list[int], list[int], list[int]] = [], [], [], []
-        """Of each tally of rows its number, the place of its tensor, how many rows that has, and of how many values."""
+        self._gradients: list[int] = []
+        """Of each tally of rows four: number, place of the tensor, how many rows that has, and of how many values."""
         self._found: dict[int, UnitTally | Exception] = {}
         self._ranges = _NO_RANGES
         self._rows = _NO_ROWS
@@ -168,13 +170,10 @@ class LateTallies:
             The number of the tally.
         """
         number = len(self.samples)
-        numbers, indices, kinds = self._outputs
-        numbers.append(number)
-        indices.append(index)
-        kinds.append(self._kinds.setdefault((shape, axis), len(self._kinds)))
+        self.samples.append(_cube(shape, axis)[0][0])
         if slopes is not None:
             self._slopes[number] = slopes
-        self.samples.append(_cube(shape, axis)[0][0])
+        self._outputs += (number, index, self._kinds.setdefault((shape, axis), len(self._kinds)))
         return number
 
     def add_rows(
@@ -192,11 +191,9 @@ class LateTallies:
             The number of the first tally, behind which the others follow.
         """
         first = len(self.samples)
-        for column, more in zip(
-            self._gradients, (range(first, first + len(places)), places, rows, widths), strict=True
-        ):
-            column += more
         self.samples += samples
+        numbers = range(first, first + len(places))
+        self._gradients += [*itertools.chain.from_iterable(zip(numbers, places, rows, widths, strict=True))]
         return first
 
     def found(self, number: int) -> UnitTally | Exception | None:
@@ -227,7 +224,7 @@ class LateTallies:
         """
         if not self.samples:
             return
-        numbers, indices, kinds = (np.array(column, np.int64) for column in self._outputs)
+        numbers, indices, kinds = np.array(self._outputs, np.int64).reshape(-1, 3).T
         shapes = list(self._kinds)
         range_at, row_at = np.full((2, len(self.samples)), -1)
         is_native = native.can_measure(flat)
@@ -254,7 +251,7 @@ class LateTallies:
 
     def _make_rows(self, flat: torch.Tensor, starts: IntArray, row_at: IntArray | None) -> None:
         """Tally the rows of gradients; where C can read them, all of those by one call that are uniform."""
-        numbers, indices, rows, widths = (np.array(column, np.int64) for column in self._gradients)
+        numbers, indices, rows, widths = np.array(self._gradients, np.int64).reshape(-1, 4).T
         by_itself = np.arange(numbers.size)
         if row_at is not None and numbers.size:
             zeros = native.zero_rows_in(flat, starts[indices], rows, widths)
