@@ -6,7 +6,8 @@ flushed at the end of a block, within its time, so that no thread works on into 
 
 Where the tensors of a model lie is decided when they are made, and by that alone a step of 400 small layers is a tenth
 faster or slower, for as long as the process lives. So several processes make all models anew, each in another order,
-and the pairs of all are put together.
+and the pairs of all are put together. What memory a watch takes cannot be told apart in such a company; `memory.py`
+tells it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import nn
 import instrument
 from instrument.config import KINDS
 
-from .harness import machine, resident, spread
+from .harness import machine, spread
 from .workloads import WORKLOADS, Training, Workload
 
 __all__ = ["run"]
@@ -55,7 +56,6 @@ class Condition:
         self.training = training
         self.directory = directory
         self.steps = 0
-        self.resident = 0
         self.walls: list[float] = []
         self.processors: list[float] = []
 
@@ -75,14 +75,12 @@ class Condition:
 
     def block(self, steps: int) -> None:
         """Train for some steps, and note seconds of wall clock and of this process for each."""
-        before = resident()
         wall, processor = time.perf_counter(), time.process_time()
         for _ in range(steps):
             self.step()
         self.flush()
         self.walls.append((time.perf_counter() - wall) / steps)
         self.processors.append((time.process_time() - processor) / steps)
-        self.resident += resident() - before
         self.steps += steps
 
 
@@ -203,8 +201,6 @@ class Result(NamedTuple):
     """Elements that a step measures."""
     bytes: float
     """Written a step."""
-    resident: float
-    """Bytes of memory that came to be in use."""
 
 
 def run(console: Console, name: str) -> None:
@@ -234,7 +230,6 @@ def _together(results: list[Result]) -> Result:
         [processor for result in results for processor in result.processors],
         results[0].elements,
         statistics.median(result.bytes for result in results),
-        statistics.median(result.resident for result in results),
     )
 
 
@@ -255,13 +250,10 @@ def measured(name: str, number: int) -> dict[str, Result]:
         conditions: dict[str, Condition] = {}
         try:
             for place, row in enumerate(shuffle.sample(ROWS, len(ROWS))):
-                before = resident()
                 training = workload.make()
                 training.step()  # makes gradients and the optimizer's state, which are no cost of a watch
-                made = resident() - before
                 conditions[row.title] = condition = row.make(training, Path(directory, str(place)))
                 condition.block(2)
-                condition.resident = resident() - before - made
                 condition.walls.clear()
                 condition.processors.clear()
             _take_turns(conditions, workload, shuffle)
@@ -273,8 +265,7 @@ def measured(name: str, number: int) -> dict[str, Result]:
 
 def _result(condition: Condition) -> Result:
     written = sum(path.stat().st_size for path in condition.directory.rglob("*") if path.is_file())
-    walls, processors = condition.walls, condition.processors
-    return Result(walls, processors, condition.elements(), written / condition.steps, condition.resident)
+    return Result(condition.walls, condition.processors, condition.elements(), written / condition.steps)
 
 
 def _take_turns(conditions: dict[str, Condition], workload: Workload, shuffle: random.Random) -> None:
@@ -298,7 +289,7 @@ def _table(results: Mapping[str, Result], title: str) -> Table:
     table.add_column("sampling every step")
     for heading in (
         "wall ratio (quartiles)", "CPU ratio (quartiles)", "extra ms a step", "smaller than the loop's",
-        "ns an element", "kB a step", "RSS +MiB",
+        "ns an element", "kB a step",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     bare = results["bare"]
@@ -318,7 +309,6 @@ def _table(results: Mapping[str, Result], title: str) -> Table:
             f"{extras[row.rival] / extra:.1f}" if row.rival and extra > 0 else "",
             f"{1e9 * extra / elements:.2f}" if elements else "",
             f"{result.bytes / 1e3:.1f}",
-            f"{result.resident / 2**20:.1f}",
         )
     return table
 

@@ -171,8 +171,8 @@ def _w3() -> Training:
 
 
 WORKLOADS = {
-    "w1": Workload("W1: char transformer, 2.7 M parameters in 84 tensors, batch 16 x 128", _w1, None, 1),
-    "w2": Workload("W2: CNN with batch norm, 0.18 M parameters in 47 tensors, batch 32", _w2, None, 3),
-    # The flush at the end of a block, which no training has, is a fifth of a step: a hundredth of this many.
+    # A second or so, of which the flush at the end of a block, which no training has, is a hundredth.
+    "w1": Workload("W1: char transformer, 2.7 M parameters in 84 tensors, batch 16 x 128", _w1, None, 3),
+    "w2": Workload("W2: CNN with batch norm, 0.18 M parameters in 47 tensors, batch 32", _w2, None, 8),
     "w3": Workload("W3: 400 linear layers of width 32, 802 parameter tensors, one thread", _w3, 1, 20),
 }
