@@ -168,7 +168,7 @@ def _taken_apart(items: tuple[int, ...], stride: int) -> tuple[IntArray, IntArra
 
     Args:
         items: Number of the source times the stride, and the place in it.
-        stride: More than any source has.
+        stride: How many places a source has, at most.
 
     Returns:
         Numbers; places; and, where they follow each other, numbers of sources with the first place and the end in each.

@@ -69,7 +69,7 @@ class RowTallies:
                         names, places, rows, of = known
                         names.append(site.name)
                         places.append(item % GROUP)
-                        rows.append(gradient.size(0))  # `len` is a function of Python, five times as dear
+                        rows.append(gradient.size(0))  # `len` is a function of Python, twice as dear
                         of.append(samples or otherwise)
                     elif is_first and self._devices.can_find_rows(gradient):
                         names, gradients, of = away.setdefault((gradient.device, gradient.dtype), ([], [], []))
