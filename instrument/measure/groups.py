@@ -318,7 +318,7 @@ class ArrivingGroup(Group):
     def _room(self, begin: int, elements: int = BLOCK) -> _Room:
         """Memory for so many elements, at least for a block, from a place on."""
         elements = max(elements, BLOCK)
-        values = recycling.empty_tensor(elements, self._dtype)
+        values = torch.empty(elements, dtype=self._dtype)
         return _Room(values, values.data_ptr(), begin, begin + elements)
 
     def add(self, tensor: torch.Tensor, size: int, address: int, may_grow: bool = True) -> int | None:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["KEPT_BYTES", "LEAST_BYTES", "MOST_BYTES", "copied", "empty", "empty_tensor", "joined", "joined_tensors"]
+__all__ = ["KEPT_BYTES", "LEAST_BYTES", "MOST_BYTES", "copied", "empty", "joined", "joined_tensors"]
 
 LEAST_BYTES = 64 << 10
 """Smaller arrays are left to the C library, which keeps what it is given back of them."""
@@ -68,11 +68,6 @@ def empty(size: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         return np.empty(size, dtype)
     # Powers of two, since the next step needs a little more or less.
     return _owner(1 << (wanted - 1).bit_length())[:wanted].view(dtype)
-
-
-def empty_tensor(size: int, dtype: torch.dtype) -> torch.Tensor:
-    """The same as a tensor of shape (size,), as `torch.empty` gives one on the CPU; call it under `Unseen`."""
-    return torch.from_numpy(empty(size * dtype.itemsize, np.uint8)).view(dtype)
 
 
 def joined_tensors(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from instrument.errors import UnmeasurableError
-from instrument.measure import groups, recycling
+from instrument.measure import groups
 from instrument.measure.batch import Batch, Column, measure_later, measure_many
 from instrument.measure.custom_op import measure
 from instrument.measure.groups import Later
@@ -417,10 +417,7 @@ def test_an_addition_that_is_interrupted_shifts_no_other(size: int, before: int)
 
     Before every instruction, which is more often than Python looks for signals.
     """
-    functions = (
-        groups.ArrivingGroup.add, groups.ArrivingGroup._room, groups.Group._note, recycling.empty_tensor,
-        recycling.empty,
-    )  # fmt: skip
+    functions = groups.ArrivingGroup.add, groups.ArrivingGroup._room, groups.Group._note
     for place in itertools.count():
         batch, tensor = Batch(), torch.full((size,), 777.0)
         items = [batch.add(torch.full((size,), float(number))) for number in range(before)]

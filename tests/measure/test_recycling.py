@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from instrument.measure import recycling
-from instrument.measure.recycling import KEPT_BYTES, LEAST_BYTES, MOST_BYTES, copied, empty, empty_tensor, joined
+from instrument.measure.recycling import KEPT_BYTES, LEAST_BYTES, MOST_BYTES, copied, empty, joined, joined_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -72,16 +72,18 @@ def test_memory_comes_again_once_it_is_free() -> None:
     assert _address(empty(90_000, np.float64)) == place
 
 
-def test_the_memory_of_a_tensor_comes_again_once_no_view_of_it_is_left() -> None:
-    """It is of the type and size asked for, whatever device is the default, and free when its last view is gone."""
-    with torch.device("meta"):
-        first = empty_tensor(100_000, torch.bfloat16)
-    assert (first.shape, first.dtype, first.device.type) == ((100_000,), torch.bfloat16, "cpu")
-    place, view = first.data_ptr(), first[7:].view(torch.int16)
-    del first
-    assert empty_tensor(100_000, torch.bfloat16).data_ptr() != place
-    del view
-    assert empty_tensor(50_000, torch.float32).data_ptr() == place
+def test_joined_tensors_are_theirs_one_behind_the_other() -> None:
+    """Of the type they had, to the bit, whatever device is the default; and they keep nothing of the parts."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        parts = [torch.randn(size, generator=generator).to(dtype) for size in (3, 70_000, 1)]
+        expected = torch.cat(parts)
+        with torch.device("meta"):
+            found = joined_tensors(parts)
+        for part in parts:
+            part.zero_()
+        assert (found.dtype, found.shape) == (dtype, expected.shape)
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("size", [LEAST_BYTES - 1, MOST_BYTES + 1])

@@ -207,7 +207,7 @@ def gathered(addresses: Sequence[int], lengths: IntArray, dtype: torch.dtype) ->
     Returns:
         A new tensor of shape (n,).
     """
-    flat = recycling.empty_tensor(int(lengths.sum()), dtype)
+    flat = torch.empty(int(lengths.sum()), dtype=dtype)
     places, sizes = np.array(addresses, np.uint64), lengths * dtype.itemsize
     call = functions(flat.numel())
     call.gather(len(places), places.ctypes.data, sizes.ctypes.data, flat.data_ptr())
