@@ -18,9 +18,9 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -260,54 +260,52 @@ def _parsed(tag: str) -> Tag:
     return parsed
 
 
-class _Known(NamedTuple):
-    """What traits say."""
-
-    traits: Mapping[str, Traits]
-    parameters: dict[str, ParameterTraits]
-    narrow: list[str]
-    """Tags whose tensors are of a narrow type."""
+_Asked = TypeVar("_Asked")
+_Told = TypeVar("_Told")
 
 
-_last_known: _Known | None = None
+def _remembering(function: Callable[[_Asked], _Told]) -> Callable[[_Asked], _Told]:
+    """The function, with what it gave for the last object it was asked about: most records share theirs."""
+    last: tuple[_Asked, _Told] | None = None
+
+    @functools.wraps(function)
+    def remembered(asked: _Asked) -> _Told:
+        nonlocal last
+        known = last  # another thread may ask at the same time
+        if known is None or known[0] is not asked:
+            known = last = asked, function(asked)
+        return known[1]
+
+    return remembered
 
 
+@_remembering
 def _about(traits: Mapping[str, Traits]) -> tuple[dict[str, ParameterTraits], list[str]]:
-    """What parameters are, and the tags of narrow types; most records share their traits with the one before."""
-    global _last_known
-    known = _last_known
-    if known is None or known.traits is not traits:
-        parameters, narrow = {}, []
-        for tag, found in traits.items():
-            kind, _, name = _parsed(tag)
-            if kind == "parameters":
-                parameters[name] = ParameterTraits(found.ndim, found.requires_grad)
-            if _is_narrow(found.dtype):
-                narrow.append(tag)
-        known = _last_known = _Known(traits, parameters, narrow)
-    return known.parameters, known.narrow
+    """What parameters are, and the tags of narrow types."""
+    parameters, narrow = {}, []
+    for tag, found in traits.items():
+        kind, _, name = _parsed(tag)
+        if kind == "parameters":
+            parameters[name] = ParameterTraits(found.ndim, found.requires_grad)
+        if _is_narrow(found.dtype):
+            narrow.append(tag)
+    return parameters, narrow
 
 
 class _Sorts(NamedTuple):
     """What sorts of parameters there are."""
 
-    parameters: Mapping[str, ParameterTraits]
     vectors: frozenset[str]
     asking: tuple[str, ...]
 
 
-_last_sorts: _Sorts | None = None
-
-
+@_remembering
 def _sorts_of(parameters: Mapping[str, ParameterTraits]) -> _Sorts:
-    """The sorts of parameters; most readings share theirs with the one before."""
-    global _last_sorts
-    known = _last_sorts
-    if known is None or known.parameters is not parameters:
-        vectors = frozenset([name for name, traits in parameters.items() if traits.ndim < _MATRIX])
-        asking = tuple([name for name, traits in parameters.items() if traits.requires_grad])
-        known = _last_sorts = _Sorts(parameters, vectors, asking)
-    return known
+    """The sorts of parameters."""
+    return _Sorts(
+        frozenset([name for name, traits in parameters.items() if traits.ndim < _MATRIX]),
+        tuple([name for name, traits in parameters.items() if traits.requires_grad]),
+    )
 
 
 @functools.cache

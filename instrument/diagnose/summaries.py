@@ -139,7 +139,7 @@ def _derived(reading: Reading) -> list[Summary.Value]:
         Summary.Value(tag=tag_of(Site(kind, name), statistic), simple_value=value)
         for (kind, statistic, name), value in reading.derived().items()
     ]
-    if reading.column("updates", LOG10_RATIO):
+    if reading.has("updates", LOG10_RATIO):
         values.append(Summary.Value(tag=tag_of(Site("updates", GUIDE), LOG10_RATIO), simple_value=UPDATE_GUIDE))
     return values
 

@@ -117,15 +117,19 @@ class Group(abc.ABC):
 
     def _measured(self) -> Sketches | Exception:
         try:
-            ends = np.array(self._ends, np.int64)
-            flat, lengths = self._values(), np.diff(ends, prepend=0)
-            self._wanted.make(flat, ends - lengths)
+            flat, lengths = self._values(), self._lengths()
+            self._wanted.make(flat, np.cumsum(lengths) - lengths)
             return self._sketches_of(flat, lengths)
         except Exception as error:
             return error
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    def _lengths(self) -> IntArray:
+        """How many elements each tensor has, of shape (tensors,)."""
+        ends = np.array(self._ends, np.int64)
+        return np.diff(ends, prepend=0)
 
     def _length(self, place: int) -> int:
         """How many elements the tensor at a place has."""
@@ -263,8 +267,7 @@ class GatheredGroup(Group):
         many = len(self._ends)  # more may be here, where something has interrupted `add`
         del self._tensors[many:], self._addresses[many:]
         if native.is_there() and 0 not in self._addresses:
-            ends = np.array(self._ends, np.int64)
-            self._flat = native.gathered(self._addresses, np.diff(ends, prepend=0), self._tensors[0].dtype)
+            self._flat = native.gathered(self._addresses, self._lengths(), self._tensors[0].dtype)
         else:
             self._flat = flattened(self._tensors)
         self._tensors, self._addresses = [], []
@@ -313,7 +316,7 @@ class ArrivingGroup(Group):
         self._itemsize = SIZES[dtype]
         self._is_busy = False
         self._rooms = [self._room(0, min(-(-expected // BLOCK) * BLOCK, TOGETHER))]
-        """None once everything is measured."""
+        """One behind the other; empty once everything is measured."""
 
     def _room(self, begin: int, elements: int = BLOCK) -> _Room:
         """Memory for so many elements, at least for a block, from a place on."""
@@ -339,7 +342,7 @@ class ArrivingGroup(Group):
                 return None
             self._is_busy = True  # a finalizer that adds a tensor in the middle of this takes another group
             try:
-                start = self._ends[-1] if self._ends else 0
+                start = self.size
                 room = rooms[-1]
                 if start + size > room.end:
                     if not may_grow:

@@ -128,16 +128,15 @@ def gathered(
     Raises:
         Exception: What went wrong when they were measured.
     """
+    parts = _Parts()
     if set(map(type, items)) == {int}:  # a step of small tensors, and each part of it
         numbers, places, runs = _taken_apart(tuple(items), stride)
         if runs is not None:
             return Sketches.joined([sources[number].sketches().part(first, end) for number, first, end in runs])
-        parts = _Parts()
         starts = np.zeros(len(sources), np.int64)
         for number in dict.fromkeys(numbers.tolist()):
             starts[number] = parts.start_of(sources[number].sketches())
         return parts.taken(starts[numbers] + places)
-    parts = _Parts()
     order = np.empty(len(items), np.int64)
     alone: list[Sketch] = []
     alone_at: list[int] = []

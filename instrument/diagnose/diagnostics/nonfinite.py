@@ -93,7 +93,7 @@ def _was_skipped(reading: Reading) -> bool:
     if reading.is_skipped:
         return True
     spoilt = any(any(reading.column("parameters", count).values()) for count in ("nan_count", "inf_count"))
-    return bool(reading.column("parameters", "rms")) and not spoilt
+    return reading.has("parameters", "rms") and not spoilt
 
 
 def _advice(reading: Reading, offender: Site) -> str:
